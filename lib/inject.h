@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Running one system call inside a process that knows nothing of it, by ptrace(2).
+ *
+ * Theory of operation is at the top of inject.c. No byte of the target's memory is written: an existing
+ * `syscall` instruction is executed by one stopped thread with borrowed registers. The thread is stopped
+ * for well under a millisecond. Needs CAP_SYS_PTRACE. Only userfaultfd(2) and close(2) are ever injected.
+ */
+#pragma once
+
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "lib/error.h"
+
+/**
+ * mf_inject_userfaultfd() - make a userfaultfd inside @pid and fetch a duplicate of it.
+ * @pidfd:     of @pid (pidfd_open(2)).
+ * @remote_fd: the descriptor's number inside the target; it stays open there (I2) until
+ *             mf_inject_close.
+ * O_CLOEXEC | O_NONBLOCK, not USER_MODE_ONLY (KVM faults come from the kernel).
+ * Return: our duplicate (O_CLOEXEC, owned by the caller), or -errno with a sentence (-EPERM: Yama,
+ * a security module, already traced by a debugger; -ETIMEDOUT: no thread could be stopped within 2 s).
+ */
+int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err);
+
+/**
+ * mf_inject_close() - close @remote_fd inside the target, after checking that it is a userfaultfd.
+ * Return: 0 (also when the process is gone), or -errno.
+ */
+int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err);
+
+/**
+ * mf_uffd_find() - fetch again a userfaultfd left open in a target: what a restarted daemon does.
+ * @remote_fd: its number there. Return: our duplicate, or -errno (-EBADF: no such userfaultfd).
+ */
+int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err);

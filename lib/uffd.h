@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * userfaultfd(2) by name: thin, no policy. Facts and sources: ioctl_userfaultfd(2),
+ * Documentation/admin-guide/mm/userfaultfd.rst, and doc/kernel.md. All functions are thread-safe; those
+ * of the fault path allocate nothing.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lib/error.h"
+#include "lib/uapi.h"
+
+/** Features that a destination's userfaultfd must have; see mf_uffd_api. */
+#define MF_UFFD_FEATURES                                                                           \
+    (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_EVENT_UNMAP |            \
+     UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE)
+/** And those it also asks for where the kernel has them. */
+#define MF_UFFD_FEATURES_WANTED                                                                    \
+    (UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS | UFFD_FEATURE_THREAD_ID)
+
+/** mf_uffd_features() - what this kernel offers (opens a throw-away userfaultfd). Return: 0 or -errno. */
+int mf_uffd_features(uint64_t *features, struct mf_error *err);
+
+/**
+ * mf_uffd_api() - the UFFDIO_API handshake, once on a fresh userfaultfd.
+ * Asks for @required plus those of @wanted that the kernel has. Return: 0 with what was enabled in
+ * @enabled, or -errno with a sentence that names the missing feature and the kernel that has it.
+ */
+int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
+                struct mf_error *err);
+
+/** mf_uffd_register() - MISSING|MINOR over [@start_addr, +@length_bytes). Always the union of modes:
+ *  registering again replaces them. Return: 0 or -errno with a sentence (-EBUSY: somebody else's uffd). */
+int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
+
+/** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and after).
+ *  Return: 0 or -errno; a range that is unmapped or a process that is gone is no error. */
+int mf_uffd_unregister(int uffd, uint64_t start_addr, uint64_t length_bytes);
+
+/** mf_uffd_wake() - make every waiter in the range fault again. Return: 0 or -errno. */
+int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes);
+
+/**
+ * mf_uffd_continue(), mf_uffd_zeropage() - map present pages / zeros for the guest.
+ * @done_bytes: bytes done from the start, also on failure; 0 if none. The kernel's result field is
+ * preset, so that a call that does not touch it (-ESRCH) reads as none.
+ * Return: 0 when all was done, else -errno of what stopped it, kernel-facts' table: -EAGAIN (an event is
+ * unread, or a part was done: look at @done_bytes), -EEXIST (first page already mapped; nobody was
+ * woken), -EFAULT (CONTINUE: first page is a hole), -ENOENT (range left the mapping), -EINVAL, -ESRCH.
+ */
+int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
+int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
