@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * userfaultfd(2) by name: thin, no policy. Facts and sources: ioctl_userfaultfd(2),
- * Documentation/admin-guide/mm/userfaultfd.rst, and doc/kernel.md. All functions are thread-safe; those
- * of the fault path allocate nothing.
+ * Documentation/admin-guide/mm/userfaultfd.rst, and doc/kernel.md. All functions are thread-safe;
+ * those of the fault path allocate nothing.
  */
 #pragma once
 
@@ -20,7 +20,19 @@
 #define MF_UFFD_FEATURES_WANTED                                                                    \
     (UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS | UFFD_FEATURE_THREAD_ID)
 
-/** mf_uffd_features() - what this kernel offers (opens a throw-away userfaultfd). Return: 0 or -errno. */
+/** mf_uffd_open() - a userfaultfd of the calling process itself (probing, tests, libmemferry), by
+ *  userfaultfd(2) or, where that is refused, /dev/userfaultfd. O_CLOEXEC | O_NONBLOCK, faults of
+ * the kernel included. Return: the descriptor, owned by the caller, or -errno of userfaultfd(2). */
+int mf_uffd_open(void);
+
+/** mf_uffd_feature_name() - the name of one feature bit in <linux/userfaultfd.h> without its prefix
+ * and the kernel that brought it, e.g. "MINOR_SHMEM" and "5.14"; "unknown" and "a newer kernel" if
+ * unknown.
+ *  @since may be NULL. */
+const char *mf_uffd_feature_name(uint64_t feature, const char **since);
+
+/** mf_uffd_features() - what this kernel offers (opens a throw-away userfaultfd). Return: 0 or
+ * -errno. */
 int mf_uffd_features(uint64_t *features, struct mf_error *err);
 
 /**
@@ -31,12 +43,13 @@ int mf_uffd_features(uint64_t *features, struct mf_error *err);
 int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
                 struct mf_error *err);
 
-/** mf_uffd_register() - MISSING|MINOR over [@start_addr, +@length_bytes). Always the union of modes:
- *  registering again replaces them. Return: 0 or -errno with a sentence (-EBUSY: somebody else's uffd). */
+/** mf_uffd_register() - MISSING|MINOR over [@start_addr, +@length_bytes). Always the union of
+ * modes: registering again replaces them. Return: 0 or -errno with a sentence (-EBUSY: somebody
+ * else's uffd). */
 int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
 
-/** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and after).
- *  Return: 0 or -errno; a range that is unmapped or a process that is gone is no error. */
+/** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and
+ * after). Return: 0 or -errno; a range that is unmapped or a process that is gone is no error. */
 int mf_uffd_unregister(int uffd, uint64_t start_addr, uint64_t length_bytes);
 
 /** mf_uffd_wake() - make every waiter in the range fault again. Return: 0 or -errno. */
@@ -46,9 +59,10 @@ int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes);
  * mf_uffd_continue(), mf_uffd_zeropage() - map present pages / zeros for the guest.
  * @done_bytes: bytes done from the start, also on failure; 0 if none. The kernel's result field is
  * preset, so that a call that does not touch it (-ESRCH) reads as none.
- * Return: 0 when all was done, else -errno of what stopped it, kernel-facts' table: -EAGAIN (an event is
- * unread, or a part was done: look at @done_bytes), -EEXIST (first page already mapped; nobody was
- * woken), -EFAULT (CONTINUE: first page is a hole), -ENOENT (range left the mapping), -EINVAL, -ESRCH.
+ * Return: 0 when all was done, else -errno of what stopped it, kernel-facts' table: -EAGAIN (an
+ * event is unread, or a part was done: look at @done_bytes), -EEXIST (first page already mapped;
+ * nobody was woken), -EFAULT (CONTINUE: first page is a hole), -ENOENT (range left the mapping),
+ * -EINVAL, -ESRCH.
  */
 int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
 int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
