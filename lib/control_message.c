@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/control_message.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "lib/endpoint.h"
+#include "lib/util.h"
+
+int mf_control_frame(const ProtobufCMessage *message, uint8_t **frame, size_t *frame_bytes,
+                     struct mf_error *err)
+{
+    size_t body_bytes = protobuf_c_message_get_packed_size(message);
+    if (body_bytes > MF_CONTROL_MESSAGE_MAX_BYTES)
+        return mf_fail(err, EMSGSIZE,
+                       "the message for the control socket is %zu bytes long, over the limit of %u",
+                       body_bytes, MF_CONTROL_MESSAGE_MAX_BYTES);
+    uint8_t *bytes = malloc(MF_CONTROL_HEADER_BYTES + body_bytes);
+    if (!bytes)
+        return mf_fail(err, ENOMEM, "out of memory for a message of the control socket");
+    for (unsigned i = 0; i < MF_CONTROL_HEADER_BYTES; i++)
+        bytes[i] = (uint8_t)(body_bytes >> (8 * i));
+    protobuf_c_message_pack(message, bytes + MF_CONTROL_HEADER_BYTES);
+    *frame = bytes;
+    *frame_bytes = MF_CONTROL_HEADER_BYTES + body_bytes;
+    return 0;
+}
+
+int mf_control_body(const uint8_t *data, size_t have_bytes, size_t *body_bytes,
+                    struct mf_error *err)
+{
+    if (have_bytes < MF_CONTROL_HEADER_BYTES)
+        return 0;
+    uint32_t length = 0;
+    for (unsigned i = 0; i < MF_CONTROL_HEADER_BYTES; i++)
+        length |= (uint32_t)data[i] << (8 * i);
+    if (length > MF_CONTROL_MESSAGE_MAX_BYTES)
+        return mf_fail(
+            err, EPROTO,
+            "a message of the control socket claims %u bytes, over the limit of %u: what "
+            "speaks there is not memferry",
+            length, MF_CONTROL_MESSAGE_MAX_BYTES);
+    *body_bytes = length;
+    return have_bytes - MF_CONTROL_HEADER_BYTES >= length;
+}
+
+static int check_name(const char *name, struct mf_error *err)
+{
+    if (mf_name_valid(name))
+        return 0;
+    return mf_fail(err, EINVAL,
+                   "the name of the VM is not usable: it has 1 to %d letters, digits, '.', '_' and "
+                   "'-', and starts with neither '.' nor '-'",
+                   MF_NAME_MAX);
+}
+
+static int check_path(const char *path, struct mf_error *err)
+{
+    if (path[0] == '/' && strlen(path) < PATH_MAX)
+        return 0;
+    return mf_fail(err, EINVAL,
+                   "the path of the QMP socket must be absolute and shorter than %d bytes",
+                   PATH_MAX);
+}
+
+static int check_migrate(const Memferry__Control__MigrateRequest *migrate, struct mf_error *err)
+{
+    int rc = check_name(migrate->name, err);
+    if (rc == 0)
+        rc = check_path(migrate->qmp_path, err);
+    if (rc < 0)
+        return rc;
+    size_t host_bytes = strlen(migrate->host);
+    if (host_bytes == 0 || host_bytes >= MF_HOST_MAX_BYTES)
+        return mf_fail(err, EINVAL,
+                       "the host to migrate to has %zu characters; 1 to %u are possible",
+                       host_bytes, MF_HOST_MAX_BYTES - 1);
+    if (migrate->port > UINT16_MAX)
+        return mf_fail(err, EINVAL, "%u is not a port; a port is 1 to 65535", migrate->port);
+    if (migrate->streams > MF_CONTROL_STREAMS_MAX)
+        return mf_fail(err, EINVAL, "%u streams are too many; 1 to %u are possible",
+                       migrate->streams, MF_CONTROL_STREAMS_MAX);
+    return 0;
+}
+
+static int check_request(const Memferry__Control__Request *request, struct mf_error *err)
+{
+    switch (request->verb_case) {
+    case MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE: {
+        int rc = check_name(request->receive->name, err);
+        return rc < 0 ? rc : check_path(request->receive->qmp_path, err);
+    }
+    case MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE:
+        return check_migrate(request->migrate, err);
+    case MEMFERRY__CONTROL__REQUEST__VERB_STATUS:
+        return request->status->name[0] ? check_name(request->status->name, err) : 0;
+    case MEMFERRY__CONTROL__REQUEST__VERB_CANCEL:
+        return check_name(request->cancel->name, err);
+    case MEMFERRY__CONTROL__REQUEST__VERB_FORGET:
+        return check_name(request->forget->name, err);
+    case MEMFERRY__CONTROL__REQUEST__VERB_WATCH:
+        return check_name(request->watch->name, err);
+    case MEMFERRY__CONTROL__REQUEST__VERB__NOT_SET:
+    case _MEMFERRY__CONTROL__REQUEST__VERB__CASE_IS_INT_SIZE:
+        break;
+    }
+    return mf_fail(err, EPROTO,
+                   "the request has no verb that this memferryd (%s) knows; memferry and memferryd "
+                   "must be of the same version",
+                   MF_VERSION);
+}
+
+int mf_control_request(const uint8_t *body, size_t body_bytes, Memferry__Control__Request **out,
+                       struct mf_error *err)
+{
+    Memferry__Control__Request *request =
+        memferry__control__request__unpack(NULL, body_bytes, body);
+    if (!request)
+        return mf_fail(err, EPROTO,
+                       "what came over the control socket is not a request of memferry");
+    int rc = check_request(request, err);
+    if (rc < 0) {
+        memferry__control__request__free_unpacked(request, NULL);
+        return rc;
+    }
+    *out = request;
+    return 0;
+}
+
+int mf_control_reply(const uint8_t *body, size_t body_bytes, Memferry__Control__Reply **out,
+                     struct mf_error *err)
+{
+    Memferry__Control__Reply *reply = memferry__control__reply__unpack(NULL, body_bytes, body);
+    if (!reply)
+        return mf_fail(err, EPROTO,
+                       "what came over the control socket is not a reply of memferryd");
+    *out = reply;
+    return 0;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The messages of the control socket (proto/control.proto) as bytes: 4 bytes of length,
+ * little-endian, then that many bytes of protobuf. Pure: no I/O, no state; both ends use it, and so
+ * does a fuzzer.
+ */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "control.pb-c.h"
+#include "lib/error.h"
+
+#define MF_CONTROL_SOCKET_NAME "control.sock" /**< in the runtime directory */
+#define MF_CONTROL_HEADER_BYTES 4u
+#define MF_CONTROL_MESSAGE_MAX_BYTES (1u << 20) /**< without the header */
+#define MF_CONTROL_STREAMS_MAX 16u              /**< bulk connections that may be asked for */
+
+/**
+ * mf_control_frame() - a message with its length before it.
+ * @message: any message of control.proto.
+ * @frame:   malloc'ed, the caller's to free; untouched on failure.
+ * Return: 0, -EMSGSIZE when the message is over the limit, -ENOMEM.
+ */
+int mf_control_frame(const ProtobufCMessage *message, uint8_t **frame, size_t *frame_bytes,
+                     struct mf_error *err);
+
+/**
+ * mf_control_body() - is there a whole message at the start of what was received?
+ * @data, @have_bytes: what was received so far.
+ * @body_bytes: the message's length; it starts MF_CONTROL_HEADER_BYTES into @data. Set as soon as
+ *              the header is there.
+ * Return: 1 a whole message, 0 more is needed, -EPROTO the length is over the limit.
+ */
+int mf_control_body(const uint8_t *data, size_t have_bytes, size_t *body_bytes,
+                    struct mf_error *err);
+
+/**
+ * mf_control_request() - unpack a request and check everything in it before anyone acts on it: that
+ * there is a verb, names, absolute paths, host, port and number of streams.
+ * @out: on success the caller's, to be freed with memferry__control__request__free_unpacked().
+ * Return: 0, -EPROTO (not a request, or of a newer memferry), -EINVAL (a field is wrong), -ENOMEM.
+ */
+int mf_control_request(const uint8_t *body, size_t body_bytes, Memferry__Control__Request **out,
+                       struct mf_error *err);
+
+/** mf_control_reply() - unpack a reply; to be freed with memferry__control__reply__free_unpacked().
+ *  Return: 0 or -EPROTO. */
+int mf_control_reply(const uint8_t *body, size_t body_bytes, Memferry__Control__Reply **out,
+                     struct mf_error *err);
