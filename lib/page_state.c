@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/page_state.h"
+
+#include <string.h>
+
+/* Eight states at a time where a run is long: a hole of terabytes must not take seconds. */
+static _Atomic uint64_t *word_at(const struct mf_pages *pages, uint64_t page)
+{
+    return (_Atomic uint64_t *)(void *)&pages->state[page];
+}
+
+bool mf_page_claim(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+    while (mf_page_state_of(was) == MF_PAGE_UNCONFIRMED) {
+        uint8_t next = (uint8_t)((was & ~MF_PAGE_STATE_MASK) | MF_PAGE_LANDING);
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                  memory_order_acquire, memory_order_relaxed))
+            return true;
+    }
+    return false;
+}
+
+uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+    while (mf_page_state_of(was) != MF_PAGE_DISCARDED) {
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, MF_PAGE_CONFIRMED,
+                                                  memory_order_acq_rel, memory_order_relaxed))
+            break;
+    }
+    return was;
+}
+
+void mf_page_unclaim(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+    while (mf_page_state_of(was) == MF_PAGE_LANDING) {
+        uint8_t next = (uint8_t)((was & ~MF_PAGE_STATE_MASK) | MF_PAGE_UNCONFIRMED);
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                  memory_order_release, memory_order_relaxed))
+            return;
+    }
+}
+
+uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page)
+{
+    return atomic_exchange_explicit(&pages->state[page], MF_PAGE_DISCARDED, memory_order_acq_rel);
+}
+
+uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_acquire);
+    while (!mf_page_resolvable(was)) {
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was,
+                                                  (uint8_t)(was | MF_PAGE_FAULTED),
+                                                  memory_order_acq_rel, memory_order_acquire))
+            break;
+    }
+    return was;
+}
+
+uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uint64_t count,
+                               void (*faulted)(void *arg, uint64_t page), void *arg)
+{
+    static const uint64_t eight_confirmed = UINT64_C(0x0101010101010101) * MF_PAGE_CONFIRMED;
+    uint64_t changed = 0, page = first, end = first + count;
+    while (page < end) {
+        if (page % 8 == 0 && end - page >= 8) {
+            uint64_t untouched = 0; /* eight times UNCONFIRMED, nobody waiting */
+            if (atomic_compare_exchange_strong_explicit(word_at(pages, page), &untouched,
+                                                        eight_confirmed, memory_order_acq_rel,
+                                                        memory_order_relaxed)) {
+                changed += 8;
+                page += 8;
+                continue;
+            }
+        }
+        uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+        while (mf_page_state_of(was) == MF_PAGE_UNCONFIRMED) {
+            if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was,
+                                                      MF_PAGE_CONFIRMED, memory_order_acq_rel,
+                                                      memory_order_relaxed)) {
+                changed++;
+                if ((was & MF_PAGE_FAULTED) && faulted)
+                    faulted(arg, page);
+                break;
+            }
+        }
+        page++;
+    }
+    return changed;
+}
+
+uint64_t mf_page_restart(const struct mf_pages *pages)
+{
+    uint64_t missing = 0;
+    for (uint64_t page = 0; page < pages->count; page++) {
+        uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+        if (mf_page_resolvable(was))
+            continue;
+        missing++;
+        if (was != MF_PAGE_UNCONFIRMED)
+            atomic_store_explicit(&pages->state[page], MF_PAGE_UNCONFIRMED, memory_order_relaxed);
+    }
+    return missing;
+}
+
+uint64_t mf_page_next_run(const struct mf_pages *pages, enum mf_page_state state, uint64_t *first)
+{
+    const uint64_t eight = UINT64_C(0x0101010101010101) * (uint64_t)state;
+    const uint64_t mask = UINT64_C(0x0101010101010101) * MF_PAGE_STATE_MASK;
+    uint64_t page = *first;
+    while (page < pages->count && mf_page_state_of(mf_page_load(pages, page)) != state)
+        page++;
+    if (page >= pages->count)
+        return 0;
+    *first = page;
+    while (page < pages->count) {
+        if (page % 8 == 0 && pages->count - page >= 8 &&
+            (atomic_load_explicit(word_at(pages, page), memory_order_acquire) & mask) == eight) {
+            page += 8;
+            continue;
+        }
+        if (mf_page_state_of(mf_page_load(pages, page)) != state)
+            break;
+        page++;
+    }
+    return page - *first;
+}
+
+void mf_page_fill(const struct mf_pages *pages, uint64_t first, uint64_t count,
+                  enum mf_page_state state)
+{
+    memset((void *)&pages->state[first], (int)state, count);
+}

@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * One small atomic state per page (design: "page state"), in a shared file, so that a mover's successor
+ * finds what its predecessor had done. Lock-free: any thread may call any function here for any page.
+ *
+ * Destination. Two views matter: may the page be resolved (CONFIRMED or DISCARDED), and who is filling it
+ * (the one thread whose claim succeeded).
+ *
+ *     UNCONFIRMED --claim--> LANDING --confirm--> CONFIRMED
+ *     UNCONFIRMED --confirm_empty--------------> CONFIRMED       (zeros: nothing to land)
+ *     any         --discard--------------------> DISCARDED       (reads as zeros for ever)
+ *     LANDING     --unclaim--------------------> UNCONFIRMED     (its connection was lost)
+ *
+ * Beside the state a byte has one flag, FAULTED: somebody waits for this page and its fault is in the
+ * mover's fault table. Whoever makes the page resolvable gets the byte as it was before, and so knows
+ * that a waiter's clock has to be stopped.
+ *
+ * Source. The same bytes say UNSENT or SENT for this link; a new link starts from what the destination
+ * says it misses (I7: what was sent on a lost connection counts as never sent).
+ *
+ * Orders: a state is stored with release after the bytes are in the page cache, and loaded with acquire
+ * before the page is resolved (I1).
+ */
+#pragma once
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum mf_page_state {
+    MF_PAGE_UNCONFIRMED = 0, /**< source: UNSENT */
+    MF_PAGE_LANDING = 1,
+    MF_PAGE_CONFIRMED = 2,   /**< source: SENT */
+    MF_PAGE_DISCARDED = 3,
+};
+#define MF_PAGE_STATE_MASK 0x03u
+#define MF_PAGE_FAULTED 0x80u
+
+#define MF_PAGE_UNSENT MF_PAGE_UNCONFIRMED
+#define MF_PAGE_SENT MF_PAGE_CONFIRMED
+
+/** struct mf_pages - the states of one region. */
+struct mf_pages {
+    _Atomic uint8_t *state; /**< 8-byte aligned */
+    uint64_t count;
+};
+
+static inline enum mf_page_state mf_page_state_of(uint8_t byte)
+{
+    return (enum mf_page_state)(byte & MF_PAGE_STATE_MASK);
+}
+
+/** mf_page_load() - the byte, with acquire. */
+static inline uint8_t mf_page_load(const struct mf_pages *pages, uint64_t page)
+{
+    return atomic_load_explicit(&pages->state[page], memory_order_acquire);
+}
+
+/** mf_page_resolvable() - CONFIRMED or DISCARDED? */
+static inline bool mf_page_resolvable(uint8_t byte)
+{
+    return mf_page_state_of(byte) >= MF_PAGE_CONFIRMED;
+}
+
+/** mf_page_claim() - UNCONFIRMED → LANDING. Return: did this caller win the page? */
+bool mf_page_claim(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_confirm() - LANDING → CONFIRMED by the claimer, clearing FAULTED.
+ *  Return: the byte before. If it says DISCARDED the state stays so and the claimer must punch the
+ *  page out again (I9). */
+uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. */
+void mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_discard() - any → DISCARDED, clearing FAULTED. Return: the byte before. */
+uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_fault() - set FAULTED unless the page is resolvable. Return: the byte before. */
+uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page);
+
+/**
+ * mf_page_confirm_empty() - UNCONFIRMED → CONFIRMED over a run; pages in other states are left.
+ * @faulted: called for each page of which FAULTED was set (it is cleared), or NULL.
+ * Return: how many pages changed.
+ */
+uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uint64_t count,
+                               void (*faulted)(void *arg, uint64_t page), void *arg);
+
+/**
+ * mf_page_restart() - after a crash, before any other thread exists: LANDING counts as UNCONFIRMED, no
+ * FAULTED flag has an owner any more. Return: how many pages are not resolvable.
+ */
+uint64_t mf_page_restart(const struct mf_pages *pages);
+
+/**
+ * mf_page_next_run() - the next run of pages with @state from *@first on.
+ * Return: its length in pages with *@first moved to its start, or 0 when there is none.
+ */
+uint64_t mf_page_next_run(const struct mf_pages *pages, enum mf_page_state state, uint64_t *first);
+
+/** mf_page_fill() - set a run to @state whatever it was (source, between links, one thread). */
+void mf_page_fill(const struct mf_pages *pages, uint64_t first, uint64_t count,
+                  enum mf_page_state state);
