@@ -24,7 +24,7 @@ bool mf_page_claim(const struct mf_pages *pages, uint64_t page)
 uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
-    while (mf_page_state_of(was) != MF_PAGE_DISCARDED) {
+    while (!(was & MF_PAGE_DISCARD)) {
         if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, MF_PAGE_CONFIRMED,
                                                   memory_order_acq_rel, memory_order_relaxed))
             break;
@@ -32,18 +32,30 @@ uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page)
     return was;
 }
 
-void mf_page_unclaim(const struct mf_pages *pages, uint64_t page)
+uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
-    while (mf_page_state_of(was) == MF_PAGE_LANDING) {
+    while (mf_page_state_of(was) == MF_PAGE_LANDING && !(was & MF_PAGE_DISCARD)) {
         uint8_t next = (uint8_t)((was & ~MF_PAGE_STATE_MASK) | MF_PAGE_UNCONFIRMED);
         if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                   memory_order_release, memory_order_relaxed))
-            return;
+            break;
     }
+    return was;
 }
 
 uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed), next;
+    do {
+        next = mf_page_state_of(was) == MF_PAGE_LANDING ? (uint8_t)(was | MF_PAGE_DISCARD)
+                                                        : (uint8_t)MF_PAGE_DISCARDED;
+    } while (!atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                    memory_order_acq_rel, memory_order_relaxed));
+    return was;
+}
+
+uint8_t mf_page_discard_finish(const struct mf_pages *pages, uint64_t page)
 {
     return atomic_exchange_explicit(&pages->state[page], MF_PAGE_DISCARDED, memory_order_acq_rel);
 }
@@ -92,13 +104,19 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
     return changed;
 }
 
-uint64_t mf_page_restart(const struct mf_pages *pages)
+uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, uint64_t page),
+                         void *arg)
 {
     uint64_t missing = 0;
     for (uint64_t page = 0; page < pages->count; page++) {
         uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
         if (mf_page_resolvable(was))
             continue;
+        if (was & MF_PAGE_DISCARD) {
+            punch(arg, page);
+            atomic_store_explicit(&pages->state[page], MF_PAGE_DISCARDED, memory_order_relaxed);
+            continue;
+        }
         missing++;
         if (was != MF_PAGE_UNCONFIRMED)
             atomic_store_explicit(&pages->state[page], MF_PAGE_UNCONFIRMED, memory_order_relaxed);

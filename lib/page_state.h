@@ -8,12 +8,17 @@
  *
  *     UNCONFIRMED --claim--> LANDING --confirm--> CONFIRMED
  *     UNCONFIRMED --confirm_empty--------------> CONFIRMED       (zeros: nothing to land)
- *     any         --discard--------------------> DISCARDED       (reads as zeros for ever)
+ *     any other   --discard--------------------> DISCARDED       (reads as zeros for ever)
+ *     LANDING     --discard--> LANDING + DISCARD --discard_finish--> DISCARDED
  *     LANDING     --unclaim--------------------> UNCONFIRMED     (its connection was lost)
  *
- * Beside the state a byte has one flag, FAULTED: somebody waits for this page and its fault is in the
- * mover's fault table. Whoever makes the page resolvable gets the byte as it was before, and so knows
- * that a waiter's clock has to be stopped.
+ * A page that is discarded while somebody lands it must not be resolved before the lander is done: the
+ * guest could write to it, and the late landing would overwrite that. So the discard is noted in the flag
+ * DISCARD, and the lander punches the page out before it makes it DISCARDED (I9).
+ *
+ * The other flag, FAULTED, says that somebody waits for this page and its fault is in the mover's fault
+ * table. Whoever makes the page resolvable gets the byte as it was before, and so knows that a waiter's
+ * clock has to be stopped.
  *
  * Source. The same bytes say UNSENT or SENT for this link; a new link starts from what the destination
  * says it misses (I7: what was sent on a lost connection counts as never sent).
@@ -34,6 +39,7 @@ enum mf_page_state {
     MF_PAGE_DISCARDED = 3,
 };
 #define MF_PAGE_STATE_MASK 0x03u
+#define MF_PAGE_DISCARD 0x40u
 #define MF_PAGE_FAULTED 0x80u
 
 #define MF_PAGE_UNSENT MF_PAGE_UNCONFIRMED
@@ -66,15 +72,20 @@ static inline bool mf_page_resolvable(uint8_t byte)
 bool mf_page_claim(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_confirm() - LANDING → CONFIRMED by the claimer, clearing FAULTED.
- *  Return: the byte before. If it says DISCARDED the state stays so and the claimer must punch the
- *  page out again (I9). */
+ *  Return: the byte before. If it has DISCARD, nothing was changed: the claimer punches the page out and
+ *  calls mf_page_discard_finish (I9). */
 uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. */
-void mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
+/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. Return: the byte before; with
+ *  DISCARD as for mf_page_confirm. */
+uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_discard() - any → DISCARDED, clearing FAULTED. Return: the byte before. */
+/** mf_page_discard() - any → DISCARDED, clearing FAULTED; LANDING stays, with DISCARD set.
+ *  Return: the byte before: if LANDING, the lander will finish it. */
 uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_discard_finish() - LANDING + DISCARD → DISCARDED by the claimer. Return: the byte before. */
+uint8_t mf_page_discard_finish(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_fault() - set FAULTED unless the page is resolvable. Return: the byte before. */
 uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page);
@@ -89,9 +100,12 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
 
 /**
  * mf_page_restart() - after a crash, before any other thread exists: LANDING counts as UNCONFIRMED, no
- * FAULTED flag has an owner any more. Return: how many pages are not resolvable.
+ * FAULTED flag has an owner any more.
+ * @punch: called for each page that was being landed when it was discarded; it is DISCARDED then.
+ * Return: how many pages are not resolvable.
  */
-uint64_t mf_page_restart(const struct mf_pages *pages);
+uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, uint64_t page),
+                         void *arg);
 
 /**
  * mf_page_next_run() - the next run of pages with @state from *@first on.

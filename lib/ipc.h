@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Between memferryd and a memferry-mover: fixed-size messages over a SOCK_SEQPACKET socketpair, each with
+ * at most one descriptor (SCM_RIGHTS). Both are of one build, so there is no version; but the mover talks
+ * to the network, so memferryd checks every field that it uses.
+ *
+ * Order, memferryd → mover: SETUP, REGION…, CONTEXT…, MAPPING…, GO. The mover then gives up every privilege and
+ * answers READY. For each link: LINK, its CONNECTIONs in any order (and DEVICE on the first link), after
+ * which the hellos run. UNLINK or LINK_LOST end a link.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "lib/error.h"
+#include "lib/machine.h"
+#include "lib/target.h"
+#include "proto/frame.h"
+
+enum mf_ipc_type {
+    /* memferryd → mover */
+    MF_IPC_SETUP = 1,  /**< with the session file */
+    MF_IPC_REGION,     /**< with the RAM file */
+    MF_IPC_CONTEXT,    /**< destination: with the userfaultfd */
+    MF_IPC_MAPPING,    /**< destination */
+    MF_IPC_GO,
+    MF_IPC_LINK,
+    MF_IPC_CONNECTION, /**< with a connected socket, preamble done */
+    MF_IPC_DEVICE,     /**< with our end of the VMM's device stream */
+    MF_IPC_PROCEED,    /**< destination: the answer to PEER_HELLO; text is a refusal or empty */
+    MF_IPC_SEND,       /**< send a phase change */
+    MF_IPC_SEND_ABORT,
+    MF_IPC_UNLINK,
+    /* mover → memferryd */
+    MF_IPC_READY,
+    MF_IPC_PEER_HELLO,    /**< destination: regions agree; may it go on? */
+    MF_IPC_LINK_UP,
+    MF_IPC_LINK_LOST,     /**< text says why */
+    MF_IPC_PEER_PHASE,
+    MF_IPC_PEER_DRAINED,  /**< source: with the destination's figures */
+    MF_IPC_PEER_ABORT,    /**< text says why */
+    MF_IPC_CONFIRMED_ALL, /**< destination */
+    MF_IPC_TYPES
+};
+
+/** struct mf_ipc - one message. Unused fields are zero. */
+struct mf_ipc {
+    uint32_t type;
+    uint32_t phase; /**< Memferry__Peer__Phase of SEND and PEER_PHASE */
+    union {
+        struct {
+            uint32_t role, region_count, context_count, mapping_count;
+            uint8_t session_id[MF_SESSION_ID_BYTES];
+            char name[64];
+            bool restarted; /**< the session had a mover before: take its page states over */
+        } setup;
+        struct {
+            char name[64];
+            uint64_t size_bytes;
+            uint32_t page_bytes;
+            uint32_t kind;
+        } region;
+        struct mf_mapping mapping;
+        struct {
+            uint32_t link, streams;
+            bool released, guest_running;
+        } link;
+        struct {
+            uint32_t kind, stream;
+        } connection;
+        struct {
+            uint64_t allocated_bytes;
+            bool released, guest_running;
+        } hello;
+        struct {
+            uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;
+        } drained;
+        bool cancelled; /**< SEND_ABORT, PEER_ABORT */
+    };
+    char text[512];
+};
+
+/** mf_ipc_send() - one message with @fd (-1: none; the caller keeps it). Return: 0 or -errno. */
+int mf_ipc_send(int sock, const struct mf_ipc *message, int fd);
+
+/**
+ * mf_ipc_receive() - one message; never more than one descriptor, surplus ones are closed.
+ * @fd: receives the descriptor (O_CLOEXEC, owned by the caller) or -1.
+ * Return: 1, 0 when the other side is gone, -EAGAIN, or -errno (-EPROTO: not a message of ours).
+ */
+int mf_ipc_receive(int sock, struct mf_ipc *message, int *fd);
