@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The command line of memferry, taken apart. Pure: nothing is printed, opened or connected to.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "lib/endpoint.h"
+#include "lib/error.h"
+
+/** What `memferry` leaves with: memferry(1) promises these. */
+enum cli_exit {
+    CLI_DONE = 0,
+    CLI_FAILED = 1, /**< the guest is safe at the source, where there is one */
+    CLI_USAGE = 2,
+    CLI_UNREACHABLE = 3, /**< memferryd does not answer */
+    CLI_RELEASED = 4,    /**< after RELEASE and not done: recovery is under way or needed */
+};
+
+enum cli_option {
+    CLI_OPTION_QMP = 1 << 0,
+    CLI_OPTION_TO = 1 << 1,
+    CLI_OPTION_JSON = 1 << 2,
+    CLI_OPTION_DETACH = 1 << 3,
+    CLI_OPTION_KEEP_SOURCE = 1 << 4,
+    CLI_OPTION_STREAMS = 1 << 5,
+};
+
+enum cli_name { CLI_NAME_NONE, CLI_NAME_OPTIONAL, CLI_NAME_REQUIRED };
+
+/** struct cli_args - a command line that is right. Strings point into argv. */
+struct cli_args {
+    const char *runtime_dir;
+    const struct cli_verb *verb; /**< NULL with --help or --version alone */
+    const char *name;            /**< NULL where the verb's name was optional and left out */
+    const char *qmp_path;        /**< as given: perhaps relative */
+    struct mf_endpoint to;
+    unsigned streams; /**< 0: not given */
+    bool json, detach, keep_source;
+    bool help, version;
+};
+
+/** struct cli_verb - a row of the table of verbs.
+ * @summary:  a line for `memferry --help`.
+ * @usage:    what follows "memferry VERB " in a synopsis.
+ * @help:     the body of `memferry VERB --help`.
+ * @allowed, @required: bits of enum cli_option.
+ * @run:      does it; the return value is an enum cli_exit.
+ */
+struct cli_verb {
+    const char *word, *summary, *usage, *help;
+    enum cli_name name;
+    unsigned allowed, required;
+    int (*run)(const struct cli_args *args);
+};
+
+/**
+ * cli_parse() - check a command line as a whole.
+ * @verbs: the table, ended by a row without a word.
+ * @args:  filled as far as it was understood, on failure too: `verb`, `name` and `json` tell how to
+ *         report the error. --json counts wherever it stands.
+ * @err:   one sentence with a hint.
+ * Return: 0 or -EINVAL.
+ */
+int cli_parse(int argc, char **argv, const struct cli_verb *verbs, struct cli_args *args,
+              struct mf_error *err);
+
+/**
+ * cli_absolute() - a path as memferryd, which has another working directory, has to be given it.
+ * @out: malloc'ed, the caller's.
+ * Return: 0 or -errno.
+ */
+int cli_absolute(const char *path, char **out, struct mf_error *err);

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * memferry, the command line: memferry(1).
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "daemon/memferry/args.h"
+#include "daemon/memferry/show.h"
+#include "daemon/memferry/verbs.h"
+
+static void print_help(void)
+{
+    puts("memferry - move running virtual machines between hosts, from outside\n"
+         "\n"
+         "usage: memferry [--runtime-dir DIR] VERB [NAME] [OPTION...]\n");
+    for (const struct cli_verb *verb = cli_verbs; verb->word; verb++)
+        printf("  %-8s  %s\n", verb->word, verb->summary);
+    puts("\n"
+         "  --runtime-dir DIR  where memferryd has its control socket (default: /run/memferry)\n"
+         "  --help             this, or with a verb what that takes\n"
+         "  --version          the version\n"
+         "\n"
+         "Exit codes: 0 done; 1 failed, the guest is safe at the source; 2 wrong usage;\n"
+         "3 memferryd can't be reached; 4 the guest has changed hosts, its memory has not all "
+         "arrived.\n"
+         "More in memferry(1) and memferryd(8).");
+}
+
+static void print_verb_help(const struct cli_verb *verb)
+{
+    printf("usage: memferry [--runtime-dir DIR] %s%s%s\n\n%s", verb->word,
+           verb->usage[0] ? " " : "", verb->usage, verb->help);
+}
+
+static int complain_usage(const struct cli_args *args, const char *sentence)
+{
+    if (args->json && args->verb->run == verb_migrate)
+        show_json(show_json_failure(args->name, "source", "failed", sentence));
+    else if (args->json)
+        show_json(json_pack("{s:o}", "reason", show_json_text(sentence)));
+    return verb_complain(CLI_USAGE, sentence);
+}
+
+static int run(int argc, char **argv)
+{
+    struct cli_args args;
+    struct mf_error err;
+    if (cli_parse(argc, argv, cli_verbs, &args, &err) < 0)
+        return complain_usage(&args, err.text);
+    if (args.help && args.verb)
+        print_verb_help(args.verb);
+    else if (args.help)
+        print_help();
+    else if (args.version)
+        puts("memferry " MF_VERSION);
+    else
+        return args.verb->run(&args);
+    return CLI_DONE;
+}
+
+int main(int argc, char **argv)
+{
+    signal(SIGPIPE, SIG_IGN);
+    int code = run(argc, argv);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        verb_complain(0, "cannot write to the standard output");
+        return code ? code : CLI_FAILED;
+    }
+    return code;
+}

@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "daemon/memferry/verbs.h"
+
+#include <stdio.h>
+
+#include "daemon/memferry/client.h"
+
+const struct cli_verb cli_verbs[] = {
+    {
+        .word = "receive",
+        .summary = "arm a VM that waits here for its memory (on the destination)",
+        .usage = "NAME --qmp PATH",
+        .help = "Arms a QEMU that was started with '-S -incoming defer', so that 'memferry migrate "
+                "NAME'\n"
+                "on another host can move a guest into it. Returns once it is armed.\n"
+                "\n"
+                "  --qmp PATH  its QMP socket: '-qmp unix:PATH,server=on,wait=off' of QEMU\n",
+        .name = CLI_NAME_REQUIRED,
+        .allowed = CLI_OPTION_QMP,
+        .required = CLI_OPTION_QMP,
+        .run = verb_receive,
+    },
+    {
+        .word = "migrate",
+        .summary = "move a running VM to another host (on the source)",
+        .usage =
+            "NAME --qmp PATH --to HOST[:PORT] [--json] [--detach] [--keep-source] [--streams N]",
+        .help = "Moves the guest of a running QEMU to the VM that 'memferry receive NAME' has "
+                "armed on\n"
+                "HOST, shows how far it is, and ends once all memory is there. Ctrl-C cancels as "
+                "long as\n"
+                "the guest can go on here, and afterwards leaves the migration running by itself.\n"
+                "\n"
+                "  --qmp PATH         the QMP socket of the QEMU here\n"
+                "  --to HOST[:PORT]   where memferryd listens on the other host; an IPv6 address "
+                "stands in\n"
+                "                     brackets: [2001:db8::1]:7466. The port is 7466 unless it is "
+                "given\n"
+                "  --json             no progress; one JSON object on stdout at the end, on "
+                "failure too\n"
+                "  --detach           return as soon as the migration has started\n"
+                "  --keep-source      leave the QEMU here paused at the end, instead of having it "
+                "quit\n"
+                "  --streams N        connections for the memory, 1 to 16 (default: memferryd's "
+                "setting)\n",
+        .name = CLI_NAME_REQUIRED,
+        .allowed = CLI_OPTION_QMP | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
+                   CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS,
+        .required = CLI_OPTION_QMP | CLI_OPTION_TO,
+        .run = verb_migrate,
+    },
+    {
+        .word = "status",
+        .summary = "show the sessions of this host, or one of them",
+        .usage = "[NAME] [--json]",
+        .help = "Shows every session as a table, or everything about one. A session that has ended "
+                "stays\n"
+                "until 'memferry forget NAME'.\n"
+                "\n"
+                "  --json  one JSON object: the session's, or {\"sessions\": [...]}\n",
+        .name = CLI_NAME_OPTIONAL,
+        .allowed = CLI_OPTION_JSON,
+        .run = verb_status,
+    },
+    {
+        .word = "cancel",
+        .summary = "give a migration up; the guest goes on at the source",
+        .usage = "NAME",
+        .help = "Gives a migration up, on either host, or disarms a VM that waits. Refused once "
+                "the guest\n"
+                "has changed hosts: it lives there by then, and its memory has to follow.\n",
+        .name = CLI_NAME_REQUIRED,
+        .run = verb_cancel,
+    },
+    {
+        .word = "check",
+        .summary = "is this host able? what is missing, and how to get it",
+        .usage = "[--json]",
+        .help = "Looks at the kernel's features one by one, the permissions and the memory of this "
+                "host.\n"
+                "Works without memferryd; run it as root, as memferryd runs. Exits with 0 if this "
+                "host is\n"
+                "able, with 1 if something is missing.\n"
+                "\n"
+                "  --json  one JSON object\n",
+        .name = CLI_NAME_NONE,
+        .allowed = CLI_OPTION_JSON,
+        .run = verb_check,
+    },
+    {
+        .word = "forget",
+        .summary = "drop a session that has ended",
+        .usage = "NAME",
+        .help = "Drops a session that has ended from 'memferry status', so that its name is free "
+                "again.\n",
+        .name = CLI_NAME_REQUIRED,
+        .run = verb_forget,
+    },
+    {.word = NULL},
+};
+
+int verb_complain(int code, const char *sentence)
+{
+    fprintf(stderr, "memferry: %s\n", sentence);
+    return code;
+}
+
+int verb_reply_code(const Memferry__Control__Reply *reply)
+{
+    if (reply->exit_code > CLI_RELEASED)
+        return CLI_FAILED;
+    return reply->error[0] && !reply->exit_code ? CLI_FAILED : (int)reply->exit_code;
+}
+
+int verb_simple(const struct cli_args *args, const Memferry__Control__Request *request,
+                int timeout_ms, const char *success)
+{
+    Memferry__Control__Reply *reply = NULL;
+    struct mf_error err;
+    if (client_ask(args->runtime_dir, request, timeout_ms, &reply, &err) < 0)
+        return verb_complain(CLI_UNREACHABLE, err.text);
+    int code = verb_reply_code(reply);
+    if (reply->error[0])
+        verb_complain(code, reply->error);
+    else if (reply->message[0] || success)
+        puts(reply->message[0] ? reply->message : success);
+    memferry__control__reply__free_unpacked(reply, NULL);
+    return code;
+}

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The verbs, a file each, and what they share.
+ */
+#pragma once
+
+#include "control.pb-c.h"
+#include "daemon/memferry/args.h"
+
+/** cli_verbs - the table, ended by a row without a word. */
+extern const struct cli_verb cli_verbs[];
+
+int verb_receive(const struct cli_args *args);
+int verb_migrate(const struct cli_args *args);
+int verb_status(const struct cli_args *args);
+int verb_cancel(const struct cli_args *args);
+int verb_check(const struct cli_args *args);
+int verb_forget(const struct cli_args *args);
+
+/** verb_complain() - "memferry: SENTENCE" on stderr. Return: @code, so that verbs `return` it. */
+int verb_complain(int code, const char *sentence);
+
+/** verb_simple() - send a request that is answered once, and say what came of it: the reply's
+ * message, else @success, else nothing. @timeout_ms as client_ask(). Return: an enum cli_exit. */
+int verb_simple(const struct cli_args *args, const Memferry__Control__Request *request,
+                int timeout_ms, const char *success);
+
+/** verb_reply_code() - the exit code of a last reply: its own, and never 0 with an error. */
+int verb_reply_code(const Memferry__Control__Reply *reply);
