@@ -160,13 +160,16 @@ static int judge_backend(struct judge *j, json_t *backend)
     json_int_t size = json_integer_value(json_object_get(backend, "size"));
     bool is_file = strcmp(type, "memory-backend-file") == 0;
 
+    /* A PC names its default RAM "pc.ram": a new one need not be called that. */
+    const char *new_id = is_file || strchr(id, '.') == NULL ? id : "ram0";
     char remedy[320];
-    snprintf(
-        remedy, sizeof(remedy),
-        "start the VM with -object memory-backend-file,id=%.40s,share=on,mem-path=/dev/shm/%.40s-"
-        "%.40s,size=%lld and -machine …,memory-backend=%.40s (for a NUMA node or DIMM: "
-        "memdev=%.40s)",
-        id, j->vm, id, (long long)size, id, id);
+    snprintf(remedy, sizeof(remedy),
+             "start the VM with -object memory-backend-file,id=%.60s,share=on,mem-path=/dev/shm/"
+             "%.63s-%.60s,size=%lld and %s=%.60s",
+             new_id, j->vm, new_id, (long long)size,
+             *text_of(backend, "container") ? "its NUMA node's or DIMM's memdev"
+                                            : "-machine …,memory-backend",
+             new_id);
     if (strcmp(type, "memory-backend-memfd") == 0)
         return mf_fail(
             j->err, ENOTSUP, "RAM '%s' of VM '%s' is a memory-backend-memfd, %s; %s", id, j->vm,
@@ -280,8 +283,8 @@ int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_r
         judge_version,
         role == VMM_SOURCE ? judge_migration : judge_destination_state,
         role == VMM_SOURCE ? judge_source_state : NULL,
-        judge_backends,
         judge_devices,
+        judge_backends,
         judge_blockers,
     };
     struct judge j = {.vm = vm_name, .replies = replies, .info = info, .err = err};

@@ -1,0 +1,755 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Drives two real QEMUs with the QEMU adapter alone: no mover, no network. The device stream goes
+ * over a socketpair whose ends the two QEMUs get; guest RAM is copied file to file while the source
+ * waits in pre-switchover. The guest is a boot sector that counts in memory, so that "runs" and
+ * "stands still" can be read from the RAM files.
+ *
+ * Usage: adapter_drive [--qemu PROGRAM] [--accel NAME] [--verbose] [CASE…]
+ * Exit: 0 all cases passed, 1 a case failed, 77 QEMU is missing.
+ */
+#include <errno.h>
+#include <event2/event.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "daemon/memferryd/qemu/qmp.h"
+#include "daemon/memferryd/vmm.h"
+#include "lib/log.h"
+#include "lib/util.h"
+
+#define RAM_BYTES ((size_t)64 << 20)
+#define COUNTER_ADDR 0x8000u
+#define CASE_TIMEOUT_S 90
+
+/* One QEMU and what the adapter told about it. */
+struct host {
+    const char *name;
+    enum vmm_role role;
+    pid_t pid;
+    char qmp[96], qmp2[96], ram_path[96]; /* qmp2: the test's own monitor */
+    unsigned char *ram;                   /* the RAM file, mapped */
+    struct vmm *vmm;
+    const struct vmm_info *info;
+    bool probed;
+    char why[1024];                 /* refusal or failure */
+    uint64_t at_ns[VMM_FAILED + 1]; /* when each event came, 0: not yet */
+};
+
+static struct event_base *base;
+static const char *qemu = "qemu-system-x86_64";
+static const char *accel = "tcg";
+static char dir[64];
+static struct host source, destination;
+static bool timed_out;
+
+/* ---- results ---- */
+
+static const char *case_name;
+static int failures;
+
+__attribute__((format(printf, 2, 3))) static bool check(bool good, const char *fmt, ...)
+{
+    if (good)
+        return true;
+    va_list ap;
+    va_start(ap, fmt);
+    fprintf(stderr, "FAIL %s: ", case_name);
+    vfprintf(stderr, fmt, ap);
+    fputc('\n', stderr);
+    va_end(ap);
+    failures++;
+    return false;
+}
+
+/* ---- the guest ---- */
+
+static uint32_t counter(const struct host *host)
+{
+    return *(volatile const uint32_t *)(host->ram + COUNTER_ADDR);
+}
+
+static bool counts(const struct host *host)
+{
+    uint32_t before = counter(host);
+    for (int i = 0; i < 500; i++) {
+        if (counter(host) != before)
+            return true;
+        usleep(10000);
+    }
+    return false;
+}
+
+static bool stands_still(const struct host *host)
+{
+    uint32_t before = counter(host);
+    usleep(100000);
+    return counter(host) == before;
+}
+
+static bool write_boot_image(const char *path)
+{
+    /* xor ax,ax; mov ds,ax; again: inc dword [0x8000]; jmp again */
+    static const unsigned char code[] = {0x31, 0xc0, 0x8e, 0xd8, 0x66, 0xff,
+                                         0x06, 0x00, 0x80, 0xeb, 0xf9};
+    unsigned char image[65536] = {0};
+    memcpy(image, code, sizeof(code));
+    image[510] = 0x55;
+    image[511] = 0xaa;
+    cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    return fd >= 0 && mf_write_all(fd, image, sizeof(image)) == 0;
+}
+
+/* ---- QEMU processes ---- */
+
+enum memory { FILE_SHARED, FILE_PRIVATE, ANONYMOUS, MEMFD };
+
+static bool host_start(struct host *host, const char *name, enum vmm_role role, enum memory memory,
+                       const char *const *more)
+{
+    *host = (struct host){.name = name, .role = role};
+    snprintf(host->qmp, sizeof(host->qmp), "%s/%s.qmp", dir, name);
+    snprintf(host->qmp2, sizeof(host->qmp2), "%s/%s.qmp2", dir, name);
+    snprintf(host->ram_path, sizeof(host->ram_path), "%s/%s.ram", dir, name);
+
+    cleanup_close int fd = open(host->ram_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (!check(fd >= 0 && ftruncate(fd, RAM_BYTES) == 0, "no RAM file: %s", strerror(errno)))
+        return false;
+    host->ram = mmap(NULL, RAM_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (!check(host->ram != MAP_FAILED, "no mapping: %s", strerror(errno))) {
+        host->ram = NULL;
+        return false;
+    }
+
+    char object[256], monitor[160], monitor2[160], drive[160];
+    const char *machine = memory == ANONYMOUS ? "pc" : "pc,memory-backend=ram0";
+    if (memory == MEMFD)
+        snprintf(object, sizeof(object), "memory-backend-memfd,id=ram0,share=on,size=64M");
+    else
+        snprintf(object, sizeof(object),
+                 "memory-backend-file,id=ram0,share=%s,mem-path=%s,size=64M",
+                 memory == FILE_PRIVATE ? "off" : "on", host->ram_path);
+    snprintf(monitor, sizeof(monitor), "unix:%s,server=on,wait=off", host->qmp);
+    snprintf(monitor2, sizeof(monitor2), "unix:%s,server=on,wait=off", host->qmp2);
+    snprintf(drive, sizeof(drive), "file=%s/boot.img,format=raw,if=ide", dir);
+    const char *argv[48] = {qemu,    "-nodefaults", "-display", "none",    "-vga",
+                            "std",   "-machine",    machine,    "-accel",  accel,
+                            "-m",    "64M",         "-drive",   drive,     "-qmp",
+                            monitor, "-qmp",        monitor2,   "-object", object};
+    size_t n = 20;
+    if (role == VMM_DESTINATION) {
+        argv[n++] = "-incoming";
+        argv[n++] = "defer";
+    }
+    while (more && *more)
+        argv[n++] = *more++;
+
+    pid_t parent = getpid();
+    host->pid = fork();
+    if (host->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (getppid() != parent)
+            _exit(127);
+        execvp(qemu, (char *const *)argv);
+        _exit(127);
+    }
+    if (!check(host->pid > 0, "fork: %s", strerror(errno)))
+        return false;
+    for (int i = 0; i < 1000; i++) {
+        if (access(host->qmp2, F_OK) == 0)
+            return true;
+        if (waitpid(host->pid, NULL, WNOHANG) == host->pid) {
+            host->pid = 0;
+            break;
+        }
+        usleep(10000);
+    }
+    return check(false, "%s did not start", qemu);
+}
+
+static void host_kill(struct host *host)
+{
+    if (host->pid > 0) {
+        kill(host->pid, SIGKILL);
+        waitpid(host->pid, NULL, 0);
+    }
+    host->pid = 0;
+}
+
+static void host_stop(struct host *host)
+{
+    vmm_qemu.close(host->vmm);
+    host->vmm = NULL;
+    host_kill(host);
+    if (host->ram)
+        munmap(host->ram, RAM_BYTES);
+    unlink(host->ram_path);
+    unlink(host->qmp);
+    unlink(host->qmp2);
+    *host = (struct host){0};
+}
+
+/* ---- waiting in the event loop ---- */
+
+static void on_probed(void *arg, const struct vmm_info *info, const char *why)
+{
+    struct host *host = arg;
+    host->probed = true;
+    host->info = info;
+    if (why)
+        snprintf(host->why, sizeof(host->why), "%s", why);
+}
+
+static void on_event(void *arg, enum vmm_event event, const char *detail)
+{
+    struct host *host = arg;
+    host->at_ns[event] = mf_now_ns();
+    if (event == VMM_FAILED)
+        snprintf(host->why, sizeof(host->why), "%s", detail);
+}
+
+static void on_case_timeout(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    (void)arg;
+    timed_out = true;
+}
+
+/* Run the loop until @host told @event, or failed. Return: whether it told. */
+static bool wait_for(struct host *host, enum vmm_event event, const char *what)
+{
+    while (!host->at_ns[event] && !(event != VMM_FAILED && host->at_ns[VMM_FAILED]) && !timed_out)
+        event_base_loop(base, EVLOOP_ONCE);
+    return check(host->at_ns[event] != 0, "%s: %s did not come: %s", host->name, what,
+                 timed_out ? "time limit" : host->why);
+}
+
+/* A moment of event loop, to see that nothing more comes. */
+static void on_moment(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    *(bool *)arg = true;
+}
+
+static void moment(long us)
+{
+    bool over = false;
+    struct timeval tv = {.tv_usec = us};
+    event_base_once(base, -1, EV_TIMEOUT, on_moment, &over, &tv);
+    while (!over)
+        event_base_loop(base, EVLOOP_ONCE);
+}
+
+static bool attach(struct host *host)
+{
+    struct vmm_callbacks callbacks = {.probed = on_probed, .event = on_event, .arg = host};
+    struct mf_error err = {0};
+    int rc = vmm_qemu.open(base, host->name, host->qmp, host->role, &callbacks, &host->vmm, &err);
+    if (!check(rc == 0, "open: %s", err.text))
+        return false;
+    while (!host->probed && !timed_out)
+        event_base_loop(base, EVLOOP_ONCE);
+    return check(host->probed, "probing has no end");
+}
+
+static bool attach_passing(struct host *host)
+{
+    if (!attach(host) || !check(host->info != NULL, "%s refused: %s", host->name, host->why))
+        return false;
+    return check(host->info->pid == host->pid, "pid %d instead of %d", (int)host->info->pid,
+                 (int)host->pid) &&
+           check(host->info->backend_count == 1 &&
+                     strcmp(host->info->backends[0].id, "ram0") == 0 &&
+                     strcmp(host->info->backends[0].path, host->ram_path) == 0 &&
+                     host->info->backends[0].size_bytes == RAM_BYTES,
+                 "%s: backends are wrong", host->name);
+}
+
+/* ---- the second monitor: what QEMU says of itself, and what an administrator does ---- */
+
+struct question {
+    const char *command;
+    json_t *arguments;
+    bool over;
+    json_t *answer;
+    struct qmp *qmp;
+};
+
+static void on_answer(void *arg, json_t *value, const char *error)
+{
+    struct question *question = arg;
+    question->answer = value ? json_deep_copy(value) : json_string(error);
+    question->over = true;
+}
+
+static void on_monitor_ready(void *arg)
+{
+    struct question *question = arg;
+    qmp_send(question->qmp, question->command, question->arguments, -1, on_answer, question);
+}
+
+static void on_monitor_event(void *arg, const char *name, json_t *data)
+{
+    (void)arg;
+    (void)name;
+    (void)data;
+}
+
+static void on_monitor_down(void *arg, const char *why)
+{
+    struct question *question = arg;
+    question->answer = json_string(why);
+    question->over = true;
+}
+
+/* Ask @host's QEMU. Return: the value (an error is a JSON string), owned by the caller. */
+static json_t *ask(struct host *host, const char *command)
+{
+    struct question question = {.command = command};
+    struct qmp_callbacks callbacks = {.ready = on_monitor_ready,
+                                      .event = on_monitor_event,
+                                      .down = on_monitor_down,
+                                      .arg = &question};
+    struct mf_error err = {0};
+    if (qmp_open(base, host->name, host->qmp2, &callbacks, &question.qmp, &err)) {
+        check(false, "%s", err.text);
+        return NULL;
+    }
+    while (!question.over)
+        event_base_loop(base, EVLOOP_ONCE);
+    qmp_close(question.qmp);
+    return question.answer;
+}
+
+static void check_run_state(struct host *host, const char *expected)
+{
+    json_t *status = ask(host, "query-status");
+    const char *state = json_string_value(json_object_get(status, "status"));
+    check(state && strcmp(state, expected) == 0, "%s: run state '%s' instead of '%s'", host->name,
+          state ? state : "?", expected);
+    json_decref(status);
+}
+
+/* ---- parts of a migration ---- */
+
+static bool both(enum memory memory, const char *const *more)
+{
+    return host_start(&source, "src", VMM_SOURCE, memory, more) &&
+           host_start(&destination, "dst", VMM_DESTINATION, memory, more) &&
+           check(counts(&source), "the guest does not count") && attach_passing(&source) &&
+           attach_passing(&destination);
+}
+
+static bool connect_both(void)
+{
+    int ends[2];
+    if (!check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0, "socketpair"))
+        return false;
+    vmm_qemu.start_incoming(destination.vmm, ends[1]);
+    close(ends[1]);
+    bool listening = wait_for(&destination, VMM_INCOMING, "VMM_INCOMING");
+    if (listening)
+        vmm_qemu.start_outgoing(source.vmm, ends[0]);
+    close(ends[0]);
+    return listening;
+}
+
+static bool until_paused(void)
+{
+    if (!connect_both() || !wait_for(&source, VMM_STOPPED, "VMM_STOPPED") ||
+        !wait_for(&source, VMM_PAUSED, "VMM_PAUSED"))
+        return false;
+    memcpy(destination.ram, source.ram, RAM_BYTES);
+    return check(stands_still(&source), "the guest runs in pre-switchover");
+}
+
+/* The guest is back, as it was, and QEMU's settings are what they were. */
+static void check_returned(json_t *capabilities, json_t *parameters, bool runs)
+{
+    source.at_ns[VMM_FAILED] = 0;
+    vmm_qemu.return_guest(source.vmm);
+    if (!wait_for(&source, VMM_RETURNED, "VMM_RETURNED"))
+        return;
+    if (runs) {
+        check_run_state(&source, "running");
+        check(counts(&source), "the guest does not run after return_guest");
+    } else {
+        check(stands_still(&source), "a paused guest runs after return_guest");
+    }
+    json_t *now = ask(&source, "query-migrate-capabilities");
+    check(json_equal(now, capabilities), "migration capabilities are not restored");
+    json_decref(now);
+    now = ask(&source, "query-migrate-parameters");
+    check(json_equal(now, parameters), "migration parameters are not restored");
+    json_decref(now);
+}
+
+static double ms(uint64_t from_ns, uint64_t to_ns)
+{
+    return (double)(to_ns - from_ns) / 1e6;
+}
+
+/* ---- cases ---- */
+
+static void migrate_with(const char *const *more, bool runs)
+{
+    if (!both(FILE_SHARED, more))
+        return;
+    if (!runs) {
+        json_decref(ask(&source, "stop"));
+        moment(50000);
+    }
+    check(source.info->was_running == runs, "was_running is wrong");
+    if (!until_paused())
+        return;
+    uint32_t at_pause = counter(&source);
+    uint64_t finish_ns = mf_now_ns();
+    vmm_qemu.finish_outgoing(source.vmm);
+    if (!wait_for(&destination, VMM_LOADED, "VMM_LOADED") ||
+        !wait_for(&source, VMM_COMPLETED, "VMM_COMPLETED"))
+        return;
+    check_run_state(&destination, "paused");
+    check(counter(&destination) == at_pause, "the destination's guest ran before resume");
+    uint64_t resume_ns = mf_now_ns();
+    vmm_qemu.resume(destination.vmm, runs);
+    if (!wait_for(&destination, VMM_RUNNING, "VMM_RUNNING"))
+        return;
+    if (runs)
+        check(counts(&destination), "the guest does not run at the destination");
+    else
+        check(stands_still(&destination), "a paused guest runs at the destination");
+    check(counter(&source) == at_pause, "the guest ran at the source after pre-switchover");
+    vmm_qemu.quit(source.vmm);
+    if (wait_for(&source, VMM_GONE, "VMM_GONE")) {
+        waitpid(source.pid, NULL, 0);
+        source.pid = 0;
+    }
+    printf("     %s: stop to pre-switchover %.2f ms, continue to loaded %.2f, to completed %.2f, "
+           "cont to "
+           "running %.2f\n",
+           source.info->version, ms(source.at_ns[VMM_STOPPED], source.at_ns[VMM_PAUSED]),
+           ms(finish_ns, destination.at_ns[VMM_LOADED]), ms(finish_ns, source.at_ns[VMM_COMPLETED]),
+           ms(resume_ns, destination.at_ns[VMM_RUNNING]));
+}
+
+static void case_migrate(void)
+{
+    migrate_with(NULL, true);
+}
+
+static void case_migrate_paused(void)
+{
+    migrate_with(NULL, false);
+}
+
+static void case_sandbox(void)
+{
+    static const char *const more[] = {"-sandbox", "on", NULL};
+    migrate_with(more, true);
+}
+
+enum point { BEFORE, STARTING, PAUSED, FINISHING, COMPLETED, DESTINATION_DEAD };
+
+static void return_at(enum point point, bool runs)
+{
+    if (!both(FILE_SHARED, NULL))
+        return;
+    if (!runs) {
+        json_decref(ask(&source, "stop"));
+        moment(50000);
+    }
+    json_t *capabilities = ask(&source, "query-migrate-capabilities");
+    json_t *parameters = ask(&source, "query-migrate-parameters");
+    bool there = true;
+    if (point == STARTING)
+        there = connect_both();
+    else if (point > STARTING)
+        there = until_paused();
+    if (there && point == DESTINATION_DEAD) {
+        host_kill(&destination);
+        wait_for(&destination, VMM_FAILED, "VMM_FAILED");
+    }
+    if (there && point >= FINISHING)
+        vmm_qemu.finish_outgoing(source.vmm);
+    if (there && point == COMPLETED) {
+        there = wait_for(&source, VMM_COMPLETED, "VMM_COMPLETED");
+        host_kill(&destination);
+    }
+    if (there && point == DESTINATION_DEAD)
+        there = wait_for(&source, VMM_FAILED, "VMM_FAILED");
+    if (there)
+        check_returned(capabilities, parameters, runs);
+    json_decref(capabilities);
+    json_decref(parameters);
+}
+
+static void case_return_before(void)
+{
+    return_at(BEFORE, true);
+}
+static void case_return_starting(void)
+{
+    return_at(STARTING, true);
+}
+static void case_return_paused(void)
+{
+    return_at(PAUSED, true);
+}
+static void case_return_paused_guest(void)
+{
+    return_at(PAUSED, false);
+}
+static void case_return_finishing(void)
+{
+    return_at(FINISHING, true);
+}
+static void case_return_completed(void)
+{
+    return_at(COMPLETED, true);
+}
+static void case_destination_dead(void)
+{
+    return_at(DESTINATION_DEAD, true);
+}
+
+/* After a return the same QEMU can be migrated again. */
+static void case_again(void)
+{
+    if (!both(FILE_SHARED, NULL) || !until_paused())
+        return;
+    vmm_qemu.return_guest(source.vmm);
+    if (!wait_for(&source, VMM_RETURNED, "VMM_RETURNED"))
+        return;
+    host_stop(&destination);
+    memset(source.at_ns, 0, sizeof(source.at_ns));
+    if (!host_start(&destination, "dst", VMM_DESTINATION, FILE_SHARED, NULL) ||
+        !attach_passing(&destination) || !until_paused())
+        return;
+    vmm_qemu.finish_outgoing(source.vmm);
+    if (!wait_for(&source, VMM_COMPLETED, "VMM_COMPLETED") ||
+        !wait_for(&destination, VMM_LOADED, "VMM_LOADED"))
+        return;
+    vmm_qemu.resume(destination.vmm, true);
+    if (wait_for(&destination, VMM_RUNNING, "VMM_RUNNING"))
+        check(counts(&destination), "the guest does not run at the destination");
+}
+
+/* A device stream that is not one: the destination says so, the source's guest is safe. */
+static void case_garbage(void)
+{
+    if (!host_start(&destination, "dst", VMM_DESTINATION, FILE_SHARED, NULL) ||
+        !attach_passing(&destination))
+        return;
+    int ends[2];
+    if (!check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0, "socketpair"))
+        return;
+    vmm_qemu.start_incoming(destination.vmm, ends[1]);
+    close(ends[1]);
+    if (wait_for(&destination, VMM_INCOMING, "VMM_INCOMING")) {
+        static const char text[] = "this is no migration stream, and it is long enough to be read";
+        mf_write_all(ends[0], text, sizeof(text));
+        wait_for(&destination, VMM_FAILED, "VMM_FAILED");
+        printf("     %s\n", destination.why);
+    }
+    close(ends[0]);
+}
+
+static void refused(struct host *host, const char *part)
+{
+    if (!attach(host))
+        return;
+    check(host->info == NULL, "%s was not refused", host->name);
+    check(strstr(host->why, part) != NULL, "the refusal does not speak of '%s': %s", part,
+          host->why);
+    printf("     %s\n", host->why);
+}
+
+static void case_refuse_private_file(void)
+{
+    if (host_start(&source, "src", VMM_SOURCE, FILE_PRIVATE, NULL))
+        refused(&source, "without share=on");
+}
+static void case_refuse_anonymous(void)
+{
+    if (host_start(&source, "src", VMM_SOURCE, ANONYMOUS, NULL))
+        refused(&source, "memory-backend-file,id=");
+}
+static void case_refuse_memfd(void)
+{
+    if (host_start(&source, "src", VMM_SOURCE, MEMFD, NULL))
+        refused(&source, "memory-backend-memfd");
+}
+static void case_refuse_roles(void)
+{
+    if (host_start(&source, "src", VMM_SOURCE, FILE_SHARED, NULL)) {
+        source.role = VMM_DESTINATION;
+        refused(&source, "-incoming defer");
+    }
+    if (host_start(&destination, "dst", VMM_DESTINATION, FILE_SHARED, NULL)) {
+        destination.role = VMM_SOURCE;
+        refused(&destination, "memferry receive");
+    }
+}
+static void case_refuse_prelaunch(void)
+{
+    static const char *const more[] = {"-S", NULL};
+    if (host_start(&source, "src", VMM_SOURCE, FILE_SHARED, more))
+        refused(&source, "never started");
+}
+static void case_refuse_shared_device(void)
+{
+    static const char *const more[] = {"-object", "memory-backend-memfd,id=other,share=on,size=1M",
+                                       "-device", "ivshmem-plain,memdev=other,id=window", NULL};
+    if (host_start(&source, "src", VMM_SOURCE, FILE_SHARED, more))
+        refused(&source, "ivshmem-plain");
+}
+/* A backend that no guest address leads to is nobody's business. */
+static void case_unused_backend(void)
+{
+    static const char *const more[] = {"-object", "memory-backend-ram,id=spare,size=1M", NULL};
+    if (host_start(&source, "src", VMM_SOURCE, FILE_SHARED, more))
+        attach_passing(&source);
+}
+static void case_refuse_occupied(void)
+{
+    if (!host_start(&source, "src", VMM_SOURCE, FILE_SHARED, NULL) || !attach_passing(&source))
+        return;
+    struct host second = source;
+    second.vmm = NULL;
+    second.probed = false;
+    refused(&second, "one client at a time");
+    vmm_qemu.close(second.vmm);
+}
+
+/* QEMU dies under the adapter's hands. */
+static void case_source_dead(void)
+{
+    if (!both(FILE_SHARED, NULL) || !until_paused())
+        return;
+    host_kill(&source);
+    if (!wait_for(&source, VMM_FAILED, "VMM_FAILED"))
+        return;
+    printf("     %s\n", source.why);
+    source.at_ns[VMM_FAILED] = 0;
+    vmm_qemu.return_guest(source.vmm);
+    wait_for(&source, VMM_FAILED, "VMM_FAILED after return_guest");
+    vmm_qemu.quit(source.vmm);
+    source.at_ns[VMM_FAILED] = 0;
+    wait_for(&source, VMM_GONE, "VMM_GONE of a dead QEMU");
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} cases[] = {
+    {"migrate", case_migrate},
+    {"migrate-paused", case_migrate_paused},
+    {"sandbox", case_sandbox},
+    {"return-before", case_return_before},
+    {"return-starting", case_return_starting},
+    {"return-paused", case_return_paused},
+    {"return-paused-guest", case_return_paused_guest},
+    {"return-finishing", case_return_finishing},
+    {"return-completed", case_return_completed},
+    {"destination-dead", case_destination_dead},
+    {"source-dead", case_source_dead},
+    {"again", case_again},
+    {"garbage", case_garbage},
+    {"refuse-private-file", case_refuse_private_file},
+    {"refuse-anonymous", case_refuse_anonymous},
+    {"refuse-memfd", case_refuse_memfd},
+    {"refuse-roles", case_refuse_roles},
+    {"refuse-prelaunch", case_refuse_prelaunch},
+    {"refuse-shared-device", case_refuse_shared_device},
+    {"unused-backend", case_unused_backend},
+    {"refuse-occupied", case_refuse_occupied},
+};
+
+static bool wanted(const char *name, char **names)
+{
+    if (!*names)
+        return true;
+    for (; *names; names++)
+        if (strcmp(*names, name) == 0)
+            return true;
+    return false;
+}
+
+static bool have_qemu(void)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        int null = open("/dev/null", O_WRONLY);
+        dup2(null, 1);
+        execlp(qemu, qemu, "-version", (char *)NULL);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {{"qemu", required_argument, NULL, 'q'},
+                                            {"accel", required_argument, NULL, 'a'},
+                                            {"verbose", no_argument, NULL, 'v'},
+                                            {0}};
+    enum mf_log_level level = MF_LOG_WARNING;
+    for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (c == 'q')
+            qemu = optarg;
+        else if (c == 'a')
+            accel = optarg;
+        else if (c == 'v')
+            level = MF_LOG_DEBUG;
+        else
+            return 2;
+    }
+    mf_log_setup("adapter_drive", level);
+    if (!have_qemu()) {
+        fprintf(stderr, "skip: %s is not installed\n", qemu);
+        return 77;
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    snprintf(dir, sizeof(dir), "/dev/shm/memferry-adapter-XXXXXX");
+    if (!mkdtemp(dir))
+        return 1;
+    char boot[96];
+    snprintf(boot, sizeof(boot), "%s/boot.img", dir);
+    base = event_base_new();
+    struct event *limit = event_new(base, -1, 0, on_case_timeout, NULL);
+    int bad = !write_boot_image(boot);
+    for (size_t i = 0; !bad && i < sizeof(cases) / sizeof(cases[0]); i++) {
+        if (!wanted(cases[i].name, argv + optind))
+            continue;
+        case_name = cases[i].name;
+        failures = 0;
+        timed_out = false;
+        struct timeval tv = {.tv_sec = CASE_TIMEOUT_S};
+        event_add(limit, &tv);
+        cases[i].run();
+        host_stop(&source);
+        host_stop(&destination);
+        printf("%s %s\n", failures ? "FAIL" : "ok  ", case_name);
+        bad += failures;
+    }
+    event_free(limit);
+    event_base_free(base);
+    unlink(boot);
+    rmdir(dir);
+    return bad ? 1 : 0;
+}
