@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Is this host able? One row a thing that memferry needs of the kernel, the permissions and the memory.
+ * Is this host able? One row a thing that memferry needs of the kernel, the permissions and the
+ * memory.
  */
 #pragma once
 
 #include <stdbool.h>
 #include <stddef.h>
+
+#define MF_CHECKS_MAX 32 /**< room for all rows */
 
 enum mf_check_state {
     MF_CHECK_OK,
@@ -15,11 +18,11 @@ enum mf_check_state {
 
 /** struct mf_check - one row of `memferry check`. */
 struct mf_check {
-    const char *name;     /**< stable identifier, e.g. "userfaultfd-minor-shmem": JSON key */
-    const char *title;    /**< what a person reads */
+    const char *name;  /**< stable identifier, e.g. "userfaultfd-minor-shmem": JSON key */
+    const char *title; /**< what a person reads */
     enum mf_check_state state;
-    char found[160];      /**< what was found */
-    char remedy[240];     /**< how to get it; empty when OK */
+    char found[400];  /**< what was found */
+    char remedy[320]; /**< how to get it; empty when OK */
 };
 
 /**
