@@ -101,7 +101,7 @@ static void print_line(struct progress *progress, const Memferry__Control__Sessi
     char text[160];
     figures(progress, session, ", ", text, sizeof(text));
     fprintf(stderr, "%s: %s: %s", session->name, session->state, show_state(session));
-    if (session->ram_bytes)
+    if (session->ram_bytes && session->sent_bytes)
         fprintf(stderr, "; %d %%, %s", (int)(share(session) * 100), text);
     fputc('\n', stderr);
 }
