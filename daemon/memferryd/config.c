@@ -143,29 +143,29 @@ struct reading {
     unsigned line;
     struct config config;
     unsigned seen_line[KEY_COUNT]; /**< 0: not yet */
-    bool failed;
-    struct mf_error *err;
+    unsigned failed_line;          /**< 0: nothing was complained about */
+    struct mf_error error;         /**< the first complaint */
 };
 
 __attribute__((format(printf, 3, 4))) static int fail_at(struct reading *reading, int code,
                                                          const char *fmt, ...)
 {
-    if (reading->failed)
+    if (reading->failed_line)
         return -code;
     char text[600];
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
-    reading->failed = true;
-    return mf_fail(reading->err, code, "%s:%u: %s", reading->path, reading->line, text);
+    reading->failed_line = reading->line;
+    return mf_fail(&reading->error, code, "%s:%u: %s", reading->path, reading->line, text);
 }
 
 /* An ini_reader: fgets(3) with a count and a complaint where inih would cut a long line in two. */
 static char *read_line(char *text, int text_bytes, void *stream)
 {
     struct reading *reading = stream;
-    if (reading->failed || !fgets(text, text_bytes, reading->file))
+    if (reading->failed_line || !fgets(text, text_bytes, reading->file))
         return NULL;
     reading->line++;
     if (!strchr(text, '\n') && strlen(text) + 1 >= (size_t)text_bytes) {
@@ -215,16 +215,18 @@ int config_load(struct config *config, const char *path, struct mf_error *err)
         return mf_fail(err, EISDIR, "cannot read the configuration file %s: it is a directory",
                        path);
 
-    struct reading reading = {.path = path, .file = file, .config = *config, .err = err};
+    struct reading reading = {.path = path, .file = file, .config = *config};
     int bad_line = ini_parse_stream(read_line, &reading, handle, &reading);
-    if (reading.failed)
-        return -EINVAL;
     if (ferror(file))
         return mf_fail(err, EIO, "cannot read the configuration file %s after line %u", path,
                        reading.line);
-    if (bad_line > 0)
+    /* inih goes on after a line that it does not understand; what its handler then complains about
+     * may only follow from that. */
+    if (bad_line > 0 && (!reading.failed_line || (unsigned)bad_line < reading.failed_line))
         return mf_fail(err, EINVAL, "%s:%d: this is neither a [section] nor a 'key = value'", path,
                        bad_line);
+    if (reading.failed_line)
+        return mf_fail(err, reading.error.code, "%s", reading.error.text);
     if (bad_line < 0)
         return mf_fail(err, ENOMEM, "out of memory reading the configuration file %s", path);
     *config = reading.config;

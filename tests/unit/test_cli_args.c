@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "daemon/memferry/progress.h"
+#include "daemon/memferry/units.h"
+#include "daemon/memferry/verbs.h"
+#include "lib/util.h"
+
+#define PARSE(args, err, ...)                                                                      \
+    cli_parse((int)(sizeof((char *[]){"memferry", __VA_ARGS__}) / sizeof(char *)),                 \
+              (char *[]){"memferry", __VA_ARGS__, NULL}, cli_verbs, args, err)
+
+static void test_everything_of_migrate(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    assert_int_equal(PARSE(&args, NULL, "--runtime-dir", "/r", "migrate", "vm1", "--qmp", "q.sock",
+                           "--to", "[2001:db8::1]:7000", "--json", "--detach", "--keep-source",
+                           "--streams", "16"),
+                     0);
+    assert_string_equal(args.verb->word, "migrate");
+    assert_string_equal(args.runtime_dir, "/r");
+    assert_string_equal(args.name, "vm1");
+    assert_string_equal(args.qmp_path, "q.sock");
+    assert_string_equal(args.to.host, "2001:db8::1");
+    assert_int_equal(args.to.port, 7000);
+    assert_int_equal(args.streams, 16);
+    assert_true(args.json && args.detach && args.keep_source);
+}
+
+static void test_defaults(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    assert_int_equal(PARSE(&args, NULL, "migrate", "vm1", "--qmp=q", "--to=b"), 0);
+    assert_string_equal(args.runtime_dir, "/run/memferry");
+    assert_int_equal(args.to.port, 0);
+    assert_int_equal(args.streams, 0);
+    assert_false(args.json || args.detach || args.keep_source);
+
+    assert_int_equal(PARSE(&args, NULL, "status"), 0);
+    assert_null(args.name);
+    assert_int_equal(PARSE(&args, NULL, "status", "--", "vm"), 0);
+    assert_string_equal(args.name, "vm");
+}
+
+static void test_help_wants_nothing_else(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    assert_int_equal(PARSE(&args, NULL, "migrate", "--help"), 0);
+    assert_true(args.help);
+    assert_int_equal(PARSE(&args, NULL, "--version"), 0);
+    assert_true(args.version);
+}
+
+static void test_json_is_known_before_and_after_a_mistake(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    struct mf_error err;
+    assert_true(PARSE(&args, &err, "migrate", "vm", "--bad", "--json") < 0);
+    assert_true(args.json);
+    assert_true(PARSE(&args, &err, "migrate", "--json", "vm") < 0);
+    assert_true(args.json);
+    assert_string_equal(args.name, "vm");
+    assert_true(PARSE(&args, &err, "cancel", "vm", "--json") < 0);
+    assert_false(args.json);
+}
+
+static void test_verbs_require_what_they_allow(void **state)
+{
+    (void)state;
+    for (const struct cli_verb *verb = cli_verbs; verb->word; verb++) {
+        assert_int_equal(verb->required & ~verb->allowed, 0);
+        assert_non_null(verb->run);
+        assert_true(verb->help[strlen(verb->help) - 1] == '\n');
+    }
+}
+
+static void test_absolute(void **state)
+{
+    (void)state;
+    cleanup_free char *here = getcwd(NULL, 0), *absolute = NULL, *relative = NULL, *root = NULL;
+    assert_int_equal(cli_absolute("/a/b", &absolute, NULL), 0);
+    assert_string_equal(absolute, "/a/b");
+    assert_int_equal(cli_absolute("vm.qmp", &relative, NULL), 0);
+    assert_memory_equal(relative, here, strlen(here));
+    assert_string_equal(relative + strlen(here), "/vm.qmp");
+    assert_int_equal(chdir("/"), 0);
+    assert_int_equal(cli_absolute("vm.qmp", &root, NULL), 0);
+    assert_string_equal(root, "/vm.qmp");
+    assert_int_equal(chdir(here), 0);
+}
+
+static void test_units(void **state)
+{
+    (void)state;
+    static const struct {
+        uint64_t bytes;
+        const char *text;
+    } bytes[] = {{0, "0 B"},
+                 {1023, "1023 B"},
+                 {1024, "1.0 KiB"},
+                 {10 * 1024 - 1, "10 KiB"},
+                 {(1 << 20) - 1, "1.0 MiB"},
+                 {440u << 20, "440 MiB"},
+                 {UINT64_MAX, "16 EiB"}};
+    for (size_t i = 0; i < sizeof(bytes) / sizeof(bytes[0]); i++)
+        assert_string_equal(show_bytes(bytes[i].bytes).text, bytes[i].text);
+    static const struct {
+        double us;
+        const char *text;
+    } times[] = {{0, "0 µs"},
+                 {180.5, "180 µs"},
+                 {999.6, "1.0 ms"},
+                 {43210, "43 ms"},
+                 {999600, "1.0 s"},
+                 {3.21e6, "3.2 s"},
+                 {59.96e6, "1 min 00 s"},
+                 {125e6, "2 min 05 s"},
+                 {11220e6, "3 h 07 min"}};
+    for (size_t i = 0; i < sizeof(times) / sizeof(times[0]); i++)
+        assert_string_equal(show_us(times[i].us).text, times[i].text);
+    assert_string_equal(show_count(0).text, "0");
+    assert_string_equal(show_count(999).text, "999");
+    assert_string_equal(show_count(1234567).text, "1,234,567");
+    assert_string_equal(show_count(UINT64_MAX).text, "18,446,744,073,709,551,615");
+}
+
+static void test_rate(void **state)
+{
+    (void)state;
+    const uint64_t second = 1000000000u;
+    struct rate rate = {0};
+    rate_update(&rate, 0, second);
+    assert_true(rate.per_second <= 0);
+    rate_update(&rate, 100, 2 * second);
+    assert_true(rate.per_second > 99.9 && rate.per_second < 100.1);
+    /* Too early to tell anything: no spike. */
+    rate_update(&rate, 200, 2 * second + 1000);
+    assert_true(rate.per_second < 100.1);
+    for (uint64_t i = 3; i < 30; i++)
+        rate_update(&rate, 100 + i * 50, i * second);
+    assert_true(rate.per_second > 49 && rate.per_second < 51);
+    rate_update(&rate, 10, 31 * second);
+    assert_true(rate.per_second <= 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_everything_of_migrate),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_help_wants_nothing_else),
+        cmocka_unit_test(test_json_is_known_before_and_after_a_mistake),
+        cmocka_unit_test(test_verbs_require_what_they_allow),
+        cmocka_unit_test(test_absolute),
+        cmocka_unit_test(test_units),
+        cmocka_unit_test(test_rate),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
