@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The control socket's bytes, as either end reads them. What is accepted as a request has to
+ * survive being packed and read again, and to be within the limits that its reader relies on.
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "lib/control_message.h"
+#include "lib/util.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length_bytes);
+
+static void require(bool condition)
+{
+    if (!condition)
+        abort();
+}
+
+static void try_request(const uint8_t *body, size_t body_bytes)
+{
+    Memferry__Control__Request *request = NULL, *again = NULL;
+    struct mf_error err = {.text = ""};
+    if (mf_control_request(body, body_bytes, &request, &err) < 0) {
+        require(!request && err.text[0]);
+        return;
+    }
+    if (request->verb_case == MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE) {
+        require(mf_name_valid(request->migrate->name));
+        require(request->migrate->qmp_path[0] == '/');
+        require(request->migrate->port <= UINT16_MAX);
+        require(request->migrate->streams <= MF_CONTROL_STREAMS_MAX);
+    }
+    cleanup_free uint8_t *frame = NULL;
+    size_t frame_bytes = 0, again_bytes = 0;
+    if (mf_control_frame(&request->base, &frame, &frame_bytes, NULL) == 0) {
+        require(mf_control_body(frame, frame_bytes, &again_bytes, NULL) == 1);
+        require(mf_control_request(frame + MF_CONTROL_HEADER_BYTES, again_bytes, &again, NULL) ==
+                0);
+        memferry__control__request__free_unpacked(again, NULL);
+    }
+    memferry__control__request__free_unpacked(request, NULL);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length_bytes)
+{
+    size_t body_bytes = 0;
+    if (mf_control_body(data, length_bytes, &body_bytes, NULL) != 1)
+        return 0;
+    require(body_bytes <= length_bytes - MF_CONTROL_HEADER_BYTES);
+    const uint8_t *body = data + MF_CONTROL_HEADER_BYTES;
+    try_request(body, body_bytes);
+    Memferry__Control__Reply *reply = NULL;
+    if (mf_control_reply(body, body_bytes, &reply, NULL) == 0)
+        memferry__control__reply__free_unpacked(reply, NULL);
+    return 0;
+}
