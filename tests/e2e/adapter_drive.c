@@ -5,13 +5,16 @@
  * waits in pre-switchover. The guest is a boot sector that counts in memory, so that "runs" and
  * "stands still" can be read from the RAM files.
  *
- * Usage: adapter_drive [--qemu PROGRAM] [--accel NAME] [--verbose] [CASE…]
+ * Usage: adapter_drive [--qemu PROGRAM] [--accel NAME] [--ram-mib N] [--verbose] [CASE…]
  * Exit: 0 all cases passed, 1 a case failed, 77 QEMU is missing.
  */
 #include <errno.h>
 #include <event2/event.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <dirent.h>
+#include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -29,7 +32,6 @@
 #include "lib/log.h"
 #include "lib/util.h"
 
-#define RAM_BYTES ((size_t)64 << 20)
 #define COUNTER_ADDR 0x8000u
 #define CASE_TIMEOUT_S 90
 
@@ -45,14 +47,16 @@ struct host {
     bool probed;
     char why[1024];                 /* refusal or failure */
     uint64_t at_ns[VMM_FAILED + 1]; /* when each event came, 0: not yet */
+    bool finish_when_paused;        /* from within the callback */
 };
 
 static struct event_base *base;
 static const char *qemu = "qemu-system-x86_64";
 static const char *accel = "tcg";
+static size_t ram_bytes = (size_t)64 << 20;
 static char dir[64];
 static struct host source, destination;
-static bool timed_out;
+static bool timed_out, verbose;
 
 /* ---- results ---- */
 
@@ -100,9 +104,12 @@ static bool stands_still(const struct host *host)
 
 static bool write_boot_image(const char *path)
 {
-    /* xor ax,ax; mov ds,ax; again: inc dword [0x8000]; jmp again */
-    static const unsigned char code[] = {0x31, 0xc0, 0x8e, 0xd8, 0x66, 0xff,
-                                         0x06, 0x00, 0x80, 0xeb, 0xf9};
+    /* Counts in guest RAM and scribbles on the screen, so that QEMU's own part (video memory) is
+     * dirty all the time as well: xor ax,ax; mov ds,ax; mov ax,0xb800; mov es,ax; xor di,di again:
+     * inc dword [0x8000]; inc word [es:di]; add di,2; and di,0xffe; jmp again */
+    static const unsigned char code[] = {0x31, 0xc0, 0x8e, 0xd8, 0xb8, 0x00, 0xb8, 0x8e, 0xc0, 0x31,
+                                         0xff, 0x66, 0xff, 0x06, 0x00, 0x80, 0x26, 0xff, 0x05, 0x83,
+                                         0xc7, 0x02, 0x81, 0xe7, 0xfe, 0x0f, 0xeb, 0xef};
     unsigned char image[65536] = {0};
     memcpy(image, code, sizeof(code));
     image[510] = 0x55;
@@ -113,7 +120,7 @@ static bool write_boot_image(const char *path)
 
 /* ---- QEMU processes ---- */
 
-enum memory { FILE_SHARED, FILE_PRIVATE, ANONYMOUS, MEMFD };
+enum memory { TWO_NODES, FILE_SHARED, FILE_PRIVATE, ANONYMOUS, MEMFD };
 
 static bool host_start(struct host *host, const char *name, enum vmm_role role, enum memory memory,
                        const char *const *more)
@@ -124,28 +131,31 @@ static bool host_start(struct host *host, const char *name, enum vmm_role role, 
     snprintf(host->ram_path, sizeof(host->ram_path), "%s/%s.ram", dir, name);
 
     cleanup_close int fd = open(host->ram_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (!check(fd >= 0 && ftruncate(fd, RAM_BYTES) == 0, "no RAM file: %s", strerror(errno)))
+    if (!check(fd >= 0 && ftruncate(fd, (off_t)ram_bytes) == 0, "no RAM file: %s", strerror(errno)))
         return false;
-    host->ram = mmap(NULL, RAM_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    host->ram = mmap(NULL, ram_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (!check(host->ram != MAP_FAILED, "no mapping: %s", strerror(errno))) {
         host->ram = NULL;
         return false;
     }
 
-    char object[256], monitor[160], monitor2[160], drive[160];
-    const char *machine = memory == ANONYMOUS ? "pc" : "pc,memory-backend=ram0";
+    char object[256], size[32], monitor[160], monitor2[160], drive[160];
+    const char *machine =
+        memory == ANONYMOUS || memory == TWO_NODES ? "pc" : "pc,memory-backend=ram0";
     if (memory == MEMFD)
-        snprintf(object, sizeof(object), "memory-backend-memfd,id=ram0,share=on,size=64M");
+        snprintf(object, sizeof(object), "memory-backend-memfd,id=ram0,share=on,size=%zu",
+                 ram_bytes);
     else
         snprintf(object, sizeof(object),
-                 "memory-backend-file,id=ram0,share=%s,mem-path=%s,size=64M",
-                 memory == FILE_PRIVATE ? "off" : "on", host->ram_path);
+                 "memory-backend-file,id=ram0,share=%s,mem-path=%s,size=%zu",
+                 memory == FILE_PRIVATE ? "off" : "on", host->ram_path, ram_bytes);
+    snprintf(size, sizeof(size), "%zuM", ram_bytes >> 20);
     snprintf(monitor, sizeof(monitor), "unix:%s,server=on,wait=off", host->qmp);
     snprintf(monitor2, sizeof(monitor2), "unix:%s,server=on,wait=off", host->qmp2);
     snprintf(drive, sizeof(drive), "file=%s/boot.img,format=raw,if=ide", dir);
     const char *argv[48] = {qemu,    "-nodefaults", "-display", "none",    "-vga",
                             "std",   "-machine",    machine,    "-accel",  accel,
-                            "-m",    "64M",         "-drive",   drive,     "-qmp",
+                            "-m",    size,          "-drive",   drive,     "-qmp",
                             monitor, "-qmp",        monitor2,   "-object", object};
     size_t n = 20;
     if (role == VMM_DESTINATION) {
@@ -161,6 +171,9 @@ static bool host_start(struct host *host, const char *name, enum vmm_role role, 
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() != parent)
             _exit(127);
+        int null = verbose ? -1 : open("/dev/null", O_WRONLY | O_CLOEXEC);
+        if (null >= 0)
+            dup2(null, 2); /* QEMU has much to say when its peer goes away */
         execvp(qemu, (char *const *)argv);
         _exit(127);
     }
@@ -193,11 +206,28 @@ static void host_stop(struct host *host)
     host->vmm = NULL;
     host_kill(host);
     if (host->ram)
-        munmap(host->ram, RAM_BYTES);
+        munmap(host->ram, ram_bytes);
     unlink(host->ram_path);
     unlink(host->qmp);
     unlink(host->qmp2);
     *host = (struct host){0};
+}
+
+/* What the source's RAM file holds, into the destination's; holes stay holes. */
+static bool copy_ram(void)
+{
+    cleanup_close int from = open(source.ram_path, O_RDONLY | O_CLOEXEC);
+    cleanup_close int to = open(destination.ram_path, O_WRONLY | O_CLOEXEC);
+    off_t size = (off_t)ram_bytes, hole;
+    if (from < 0 || to < 0 || fallocate(to, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size))
+        return false;
+    for (off_t data = 0; (data = lseek(from, data, SEEK_DATA)) >= 0; data = hole) {
+        hole = lseek(from, data, SEEK_HOLE);
+        if (hole < 0)
+            return false;
+        memcpy(destination.ram + data, source.ram + data, (size_t)(hole - data));
+    }
+    return errno == ENXIO; /* no more data */
 }
 
 /* ---- waiting in the event loop ---- */
@@ -217,6 +247,8 @@ static void on_event(void *arg, enum vmm_event event, const char *detail)
     host->at_ns[event] = mf_now_ns();
     if (event == VMM_FAILED)
         snprintf(host->why, sizeof(host->why), "%s", detail);
+    if (event == VMM_PAUSED && host->finish_when_paused && copy_ram())
+        vmm_qemu.finish_outgoing(host->vmm);
 }
 
 static void on_case_timeout(evutil_socket_t fd, short what, void *arg)
@@ -274,7 +306,7 @@ static bool attach_passing(struct host *host)
            check(host->info->backend_count == 1 &&
                      strcmp(host->info->backends[0].id, "ram0") == 0 &&
                      strcmp(host->info->backends[0].path, host->ram_path) == 0 &&
-                     host->info->backends[0].size_bytes == RAM_BYTES,
+                     host->info->backends[0].size_bytes == ram_bytes,
                  "%s: backends are wrong", host->name);
 }
 
@@ -372,8 +404,8 @@ static bool until_paused(void)
     if (!connect_both() || !wait_for(&source, VMM_STOPPED, "VMM_STOPPED") ||
         !wait_for(&source, VMM_PAUSED, "VMM_PAUSED"))
         return false;
-    memcpy(destination.ram, source.ram, RAM_BYTES);
-    return check(stands_still(&source), "the guest runs in pre-switchover");
+    return check(copy_ram(), "copying RAM: %s", strerror(errno)) &&
+           check(stands_still(&source), "the guest runs in pre-switchover");
 }
 
 /* The guest is back, as it was, and QEMU's settings are what they were. */
@@ -484,16 +516,74 @@ static void return_at(enum point point, bool runs)
     }
     if (there && point >= FINISHING)
         vmm_qemu.finish_outgoing(source.vmm);
-    if (there && point == COMPLETED) {
+    /* The destination has loaded and lives on: it must not hold the disk's lock before it runs. */
+    if (there && point == COMPLETED)
         there = wait_for(&source, VMM_COMPLETED, "VMM_COMPLETED");
-        host_kill(&destination);
-    }
     if (there && point == DESTINATION_DEAD)
         there = wait_for(&source, VMM_FAILED, "VMM_FAILED");
     if (there)
         check_returned(capabilities, parameters, runs);
     json_decref(capabilities);
     json_decref(parameters);
+}
+
+/* A link so thin that the screen gets dirty faster than the first downtime limit allows for. */
+struct link {
+    int source, destination;
+};
+
+static void *thin_link(void *arg)
+{
+    struct link *link = arg;
+    struct pollfd ends[2] = {{.fd = link->source, .events = POLLIN},
+                             {.fd = link->destination, .events = POLLIN}};
+    char data[2048];
+    for (;;) {
+        poll(ends, 2, -1);
+        for (int i = 0; i < 2; i++) {
+            if (!ends[i].revents)
+                continue;
+            ssize_t n = read(ends[i].fd, data, sizeof(data));
+            if (n <= 0 || mf_write_all(ends[1 - i].fd, data, (size_t)n)) {
+                shutdown(ends[0].fd, SHUT_RDWR);
+                shutdown(ends[1].fd, SHUT_RDWR);
+                return NULL;
+            }
+            if (i == 0)
+                usleep(4000); /* about 0.5 MB/s towards the destination */
+        }
+    }
+}
+
+static void case_thin_link(void)
+{
+    int out[2], in[2];
+    pthread_t thread;
+    if (!both(FILE_SHARED, NULL))
+        return;
+    if (!check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, out) == 0 &&
+                   socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, in) == 0,
+               "socketpair"))
+        return;
+    int few = 4096;
+    setsockopt(out[0], SOL_SOCKET, SO_SNDBUF, &few, sizeof(few));
+    struct link link = {out[1], in[0]};
+    vmm_qemu.start_incoming(destination.vmm, in[1]);
+    close(in[1]);
+    vmm_qemu.start_outgoing(source.vmm, out[0]);
+    close(out[0]);
+    pthread_create(&thread, NULL, thin_link, &link);
+    if (wait_for(&source, VMM_PAUSED, "VMM_PAUSED") && check(copy_ram(), "copying RAM")) {
+        vmm_qemu.finish_outgoing(source.vmm);
+        if (wait_for(&source, VMM_COMPLETED, "VMM_COMPLETED") &&
+            wait_for(&destination, VMM_LOADED, "VMM_LOADED"))
+            printf("     stop to loaded %.0f ms over the thin link\n",
+                   ms(source.at_ns[VMM_STOPPED], destination.at_ns[VMM_LOADED]));
+    }
+    host_kill(&source);
+    pthread_join(thread, NULL);
+    close(link.source);
+    close(link.destination);
 }
 
 static void case_return_before(void)
@@ -523,6 +613,31 @@ static void case_return_completed(void)
 static void case_destination_dead(void)
 {
     return_at(DESTINATION_DEAD, true);
+}
+
+/* Whenever the guest is called back, whatever is under way, it comes back. */
+static void case_return_anytime(void)
+{
+    if (!host_start(&source, "src", VMM_SOURCE, FILE_SHARED, NULL) || !attach_passing(&source))
+        return;
+    json_t *capabilities = ask(&source, "query-migrate-capabilities");
+    json_t *parameters = ask(&source, "query-migrate-parameters");
+    unsigned rounds = 0, completed = 0;
+    for (long after_us = 0; after_us < 45000 && !failures; after_us += 1500) {
+        memset(source.at_ns, 0, sizeof(source.at_ns));
+        source.finish_when_paused = true;
+        if (host_start(&destination, "dst", VMM_DESTINATION, FILE_SHARED, NULL) &&
+            attach_passing(&destination) && connect_both()) {
+            moment(after_us);
+            check_returned(capabilities, parameters, true);
+        }
+        completed += source.at_ns[VMM_COMPLETED] != 0;
+        rounds++;
+        host_stop(&destination);
+    }
+    printf("     %u rounds, in %u of them the migration had completed\n", rounds, completed);
+    json_decref(capabilities);
+    json_decref(parameters);
 }
 
 /* After a return the same QEMU can be migrated again. */
@@ -623,6 +738,26 @@ static void case_unused_backend(void)
     if (host_start(&source, "src", VMM_SOURCE, FILE_SHARED, more))
         attach_passing(&source);
 }
+/* Each NUMA node's backend counts. */
+static void case_two_nodes(void)
+{
+    char first[160], second[160];
+    size_t half = ram_bytes / 2;
+    snprintf(first, sizeof(first),
+             "memory-backend-file,id=n0,share=on,mem-path=%s/src.ram,size=%zu", dir, half);
+    snprintf(second, sizeof(second), "memory-backend-file,id=n1,share=on,mem-path=%s,size=%zu", dir,
+             half);
+    const char *const more[] = {"-object",        first,   "-object",        second, "-numa",
+                                "node,memdev=n0", "-numa", "node,memdev=n1", NULL};
+    if (!host_start(&source, "src", VMM_SOURCE, TWO_NODES, more) || !attach(&source) ||
+        !check(source.info != NULL, "refused: %s", source.why))
+        return;
+    check(source.info->backend_count == 2 && strcmp(source.info->backends[0].id, "n0") == 0 &&
+              strcmp(source.info->backends[1].id, "n1") == 0 &&
+              source.info->backends[0].size_bytes == half &&
+              source.info->backends[1].size_bytes == half,
+          "the two nodes' backends are not both found");
+}
 static void case_refuse_occupied(void)
 {
     if (!host_start(&source, "src", VMM_SOURCE, FILE_SHARED, NULL) || !attach_passing(&source))
@@ -666,7 +801,9 @@ static const struct {
     {"return-completed", case_return_completed},
     {"destination-dead", case_destination_dead},
     {"source-dead", case_source_dead},
+    {"return-anytime", case_return_anytime},
     {"again", case_again},
+    {"thin-link", case_thin_link},
     {"garbage", case_garbage},
     {"refuse-private-file", case_refuse_private_file},
     {"refuse-anonymous", case_refuse_anonymous},
@@ -675,8 +812,18 @@ static const struct {
     {"refuse-prelaunch", case_refuse_prelaunch},
     {"refuse-shared-device", case_refuse_shared_device},
     {"unused-backend", case_unused_backend},
+    {"two-nodes", case_two_nodes},
     {"refuse-occupied", case_refuse_occupied},
 };
+
+static unsigned open_descriptors(void)
+{
+    unsigned count = 0;
+    cleanup_closedir DIR *fds = opendir("/proc/self/fd");
+    while (fds && readdir(fds))
+        count++;
+    return count;
+}
 
 static bool wanted(const char *name, char **names)
 {
@@ -706,20 +853,22 @@ int main(int argc, char **argv)
 {
     static const struct option options[] = {{"qemu", required_argument, NULL, 'q'},
                                             {"accel", required_argument, NULL, 'a'},
+                                            {"ram-mib", required_argument, NULL, 'r'},
                                             {"verbose", no_argument, NULL, 'v'},
                                             {0}};
-    enum mf_log_level level = MF_LOG_WARNING;
     for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         if (c == 'q')
             qemu = optarg;
         else if (c == 'a')
             accel = optarg;
+        else if (c == 'r')
+            ram_bytes = (size_t)strtoul(optarg, NULL, 10) << 20;
         else if (c == 'v')
-            level = MF_LOG_DEBUG;
+            verbose = true;
         else
             return 2;
     }
-    mf_log_setup("adapter_drive", level);
+    mf_log_setup("adapter_drive", verbose ? MF_LOG_DEBUG : MF_LOG_WARNING);
     if (!have_qemu()) {
         fprintf(stderr, "skip: %s is not installed\n", qemu);
         return 77;
@@ -741,9 +890,11 @@ int main(int argc, char **argv)
         timed_out = false;
         struct timeval tv = {.tv_sec = CASE_TIMEOUT_S};
         event_add(limit, &tv);
+        unsigned descriptors = open_descriptors();
         cases[i].run();
         host_stop(&source);
         host_stop(&destination);
+        check(open_descriptors() == descriptors, "descriptors are left open");
         printf("%s %s\n", failures ? "FAIL" : "ok  ", case_name);
         bad += failures;
     }

@@ -63,12 +63,12 @@ bool common_fd_name(struct vmm *vmm, json_t **out)
     return true;
 }
 
-int common_continued(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)
+int common_until_accepted(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)
 {
     (void)vmm;
-    (void)error;
+    (void)value;
     (void)err;
-    return value ? STEP_NEXT : STEP_WAIT;
+    return error ? STEP_WAIT : STEP_NEXT;
 }
 
 static int failure_reason(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)

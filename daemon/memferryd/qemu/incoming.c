@@ -71,7 +71,10 @@ void incoming_start(struct vmm *vmm, int device_fd)
 }
 
 static const struct qemu_step resume_steps[] = {
-    {.command = "cont", .what = "let the guest run", .done = common_continued, .may_fail = true},
+    {.command = "cont",
+     .what = "let the guest run",
+     .done = common_until_accepted,
+     .may_fail = true},
     {0},
 };
 

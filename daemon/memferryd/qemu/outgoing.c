@@ -243,16 +243,8 @@ static bool undo_parameters(struct vmm *vmm, json_t **out)
     return *out != NULL;
 }
 
-/* migration threads wind up a little after the status says so: "a migration is in progress" */
-static int settings_restored(struct vmm *vmm, json_t *value, const char *error,
-                             struct mf_error *err)
-{
-    (void)vmm;
-    (void)error;
-    (void)err;
-    return value ? STEP_NEXT : STEP_WAIT;
-}
-
+/* The settings may be refused for a moment: QEMU's migration thread ends a little after its status
+ * says so, and until then "a migration is in progress". */
 static const struct qemu_step return_steps[] = {
     {.command = "migrate_cancel",
      .what = "cancel its migration",
@@ -263,17 +255,17 @@ static const struct qemu_step return_steps[] = {
     {.command = "cont",
      .what = "let the guest go on",
      .arguments = if_must_continue,
-     .done = common_continued,
+     .done = common_until_accepted,
      .may_fail = true},
     {.command = "migrate-set-capabilities",
      .what = "put back its migration capabilities (the guest is back, though)",
      .arguments = undo_capabilities,
-     .done = settings_restored,
+     .done = common_until_accepted,
      .may_fail = true},
     {.command = "migrate-set-parameters",
      .what = "put back its migration parameters (the guest is back, though)",
      .arguments = undo_parameters,
-     .done = settings_restored,
+     .done = common_until_accepted,
      .may_fail = true},
     {.command = "closefd",
      .what = "close the device connection",

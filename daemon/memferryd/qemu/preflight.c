@@ -141,16 +141,19 @@ static int judge_destination_state(struct judge *j)
     return 0;
 }
 
+static bool is_main_ram(const struct judge *j, json_t *backend)
+{
+    const char *path = json_string_value(j->replies->ram_backend);
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    return path && strcmp(slash ? slash + 1 : path, text_of(backend, "id")) == 0;
+}
+
 /* An object that no guest address leads to holds nothing to move: only the main RAM (which a PC
  * maps by aliases, so that it has no container) and what lies in a container (NUMA nodes, DIMMs,
  * virtio-mem). */
 static bool in_use(const struct judge *j, json_t *backend)
 {
-    if (*text_of(backend, "container"))
-        return true;
-    const char *main_ram = json_string_value(j->replies->ram_backend);
-    const char *slash = main_ram ? strrchr(main_ram, '/') : NULL;
-    return main_ram && strcmp(slash ? slash + 1 : main_ram, text_of(backend, "id")) == 0;
+    return *text_of(backend, "container") || is_main_ram(j, backend);
 }
 
 static int judge_backend(struct judge *j, json_t *backend)
@@ -167,8 +170,8 @@ static int judge_backend(struct judge *j, json_t *backend)
              "start the VM with -object memory-backend-file,id=%.60s,share=on,mem-path=/dev/shm/"
              "%.63s-%.60s,size=%lld and %s=%.60s",
              new_id, j->vm, new_id, (long long)size,
-             *text_of(backend, "container") ? "its NUMA node's or DIMM's memdev"
-                                            : "-machine …,memory-backend",
+             is_main_ram(j, backend) ? "-machine …,memory-backend"
+                                     : "its NUMA node's or DIMM's memdev",
              new_id);
     if (strcmp(type, "memory-backend-memfd") == 0)
         return mf_fail(
@@ -285,7 +288,7 @@ int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_r
         role == VMM_SOURCE ? judge_source_state : NULL,
         judge_devices,
         judge_backends,
-        judge_blockers,
+        role == VMM_SOURCE ? judge_blockers : NULL,
     };
     struct judge j = {.vm = vm_name, .replies = replies, .info = info, .err = err};
     for (size_t i = 0; i < sizeof(checks) / sizeof(checks[0]); i++) {

@@ -45,6 +45,7 @@ struct qemu_run {
     void (*ended)(struct vmm *vmm, const struct mf_error *err);
     uint64_t deadline_ns; /* when STEP_WAIT stops being granted */
     char last_error[256]; /* why it waits, in QEMU's words */
+    bool waits;           /* between two askings (STEP_WAIT), else an answer is due */
     struct event *timer;
 };
 
@@ -147,9 +148,9 @@ int common_keep_parameters(struct vmm *vmm, json_t *value, const char *error, st
 bool common_apply_capabilities(struct vmm *vmm, json_t **out);
 bool common_apply_parameters(struct vmm *vmm, json_t **out);
 bool common_fd_name(struct vmm *vmm, json_t **out);
-/** common_continued() - `done` of `cont`: waits while QEMU refuses, since a peer that is just
- * ending may still hold the disks' locks. */
-int common_continued(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err);
+/** common_until_accepted() - `done` of a step with may_fail: waits while QEMU refuses. For `cont`:
+ * a peer that is just ending may still hold the disks' locks. */
+int common_until_accepted(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err);
 
 #define QEMU_FD_NAME "memferry-device"
 

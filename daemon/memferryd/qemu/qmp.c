@@ -224,8 +224,9 @@ void qmp_forget(struct qmp *qmp)
 
 static void negotiated(void *arg, json_t *value, const char *error)
 {
+    (void)value;
     struct qmp *qmp = arg;
-    if (!value) {
+    if (error) {
         go_down(qmp, "VM '%s' refused to enter QMP command mode: %s", qmp->vm_name, error);
         return;
     }
@@ -423,8 +424,7 @@ void qmp_close(struct qmp *qmp)
     if (!qmp)
         return;
     qmp->closed = true;
-    if (qmp->state != DOWN)
-        qmp->state = DOWN;
+    qmp->state = DOWN;
     qmp->told_down = true;
     event_del(qmp->readable);
     event_del(qmp->writable);

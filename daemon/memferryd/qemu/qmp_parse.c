@@ -9,11 +9,11 @@
 #define QUOTE_BYTES 60
 
 /* Printable ASCII only: the text goes to a terminal. */
-static void quote(char *out, const char *text, size_t length_bytes)
+static void quote(char out[QUOTE_BYTES + 1], const char *text, size_t length_bytes)
 {
-    size_t n = length_bytes < QUOTE_BYTES ? length_bytes : QUOTE_BYTES;
-    for (size_t i = 0; i < n; i++)
-        out[i] = text[i] >= 0x20 && text[i] < 0x7f ? text[i] : '.';
+    size_t n = 0;
+    for (; n < length_bytes && n < QUOTE_BYTES; n++)
+        out[n] = text[n] >= 0x20 && text[n] < 0x7f ? text[n] : '.';
     out[n] = '\0';
 }
 

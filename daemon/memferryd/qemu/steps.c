@@ -9,12 +9,14 @@
 /* STEP_WAIT asks again after this long, and not for longer than that. */
 #define WAIT_STEP_MS 10u
 #define PATIENCE_NS UINT64_C(15000000000)
+/* A monitor that answers nothing for so long hangs (or its process is stopped). */
+#define ANSWER_MS 60000u
 
 static void ask(struct vmm *vmm);
 
 static void end(struct vmm *vmm, const struct mf_error *err)
 {
-    vmm->run.steps = NULL;
+    steps_stop(vmm);
     vmm->run.ended(vmm, err);
 }
 
@@ -35,6 +37,7 @@ static void proceed(struct vmm *vmm, int verdict, const struct mf_error *err)
         if (run->deadline_ns == 0)
             run->deadline_ns = mf_now_ns() + PATIENCE_NS;
         if (mf_now_ns() < run->deadline_ns) {
+            run->waits = true;
             vmm_arm(run->timer, WAIT_STEP_MS);
             return;
         }
@@ -82,6 +85,8 @@ static void ask(struct vmm *vmm)
                  vmm);
         if (step->with_fd)
             vmm_drop_fd(vmm);
+        run->waits = false;
+        vmm_arm(run->timer, ANSWER_MS);
         return;
     }
     end(vmm, NULL);
@@ -105,8 +110,17 @@ void steps_on_timer(evutil_socket_t fd, short what, void *arg)
     (void)what;
     struct vmm *vmm = arg;
     vmm_hold(vmm);
-    if (vmm->run.steps)
+    if (vmm->run.steps && vmm->run.waits) {
         ask(vmm);
+    } else if (vmm->run.steps) {
+        struct mf_error err;
+        mf_fail(
+            &err, ETIMEDOUT,
+            "QEMU of VM '%s' has not answered '%s' on its QMP socket for %u s: it hangs, or its "
+            "process is stopped",
+            vmm->name, vmm->run.steps[vmm->run.at].command, ANSWER_MS / 1000);
+        end(vmm, &err);
+    }
     vmm_release(vmm);
 }
 
