@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 
 from .artifacts import QemuBuild, guest_kernel, guest_program, initramfs
@@ -58,19 +59,22 @@ class Vm:
     name:      of the VM; the files of the same VM on two hosts differ by the host's name.
     guest:     "linux" (TCG) or "bare" (KVM or TCG).
     ram_mib:   of each backend.
-    backends:  kind of each: "tmpfs", "tmpfs-private", "memfd", or the path of a directory (hugetlbfs).
+    backends:  kind of each: "tmpfs", "tmpfs-private", "memfd", or the path of a directory (hugetlbfs);
+               none: QEMU's own default.
+    ram_id:    the backends are called ram0, ram1...
     incoming:  wait for a migration instead of booting, and then for `cont` unless autostart.
     """
 
     def __init__(self, sandbox, host, name, guest="linux", accel="tcg", ram_mib=256,
-                 backends=("tmpfs",), incoming=False, autostart=False, sandboxed=False, qemu=None, extra=()):
+                 backends=("tmpfs",), incoming=False, autostart=False, sandboxed=False, qemu=None,
+                 ram_id="ram", extra=()):
         self.sandbox = sandbox
         self.name = name
         self.guest = guest
         self.ram_mib = ram_mib
         self.ram_files = []
-        directory = os.path.join(sandbox.path, f"{host.side}-{name}")
-        os.mkdir(directory)
+        self.ram_id = ram_id
+        directory = tempfile.mkdtemp(prefix=f"{host.side}-{name}-", dir=sandbox.path)
         self.log = os.path.join(directory, "qemu.log")
         self.kernel_log = os.path.join(directory, "kernel.log")
         self.qmp_path = os.path.join(directory, "qmp")
@@ -78,7 +82,7 @@ class Vm:
 
         command = enter_namespace(host.namespace) + (qemu or QemuBuild()).command()
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-name", name, "-accel", accel,
-                    "-m", f"{ram_mib * len(backends)}M", "-smp", "1",
+                    "-m", f"{ram_mib * (len(backends) or 1)}M", "-smp", "1",
                     "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
                     "-qmp", f"unix:{paths['monitor']},server=on,wait=off",
                     "-chardev", f"socket,id=output,path={paths['output']},server=on,wait=off",
@@ -106,7 +110,7 @@ class Vm:
     def _memory(self, host, backends):
         arguments = []
         for index, kind in enumerate(backends):
-            ident = f"ram{index}"
+            ident = f"{self.ram_id}{index}"
             size = f"size={self.ram_mib}M"
             if kind == "memfd":
                 arguments += ["-object", f"memory-backend-memfd,id={ident},share=on,{size}"]
@@ -118,11 +122,11 @@ class Vm:
                           f"memory-backend-file,id={ident},share={share},mem-path={path},{size}"]
             self.ram_files.append(path)
         if len(backends) == 1:
-            return arguments + ["-machine", "pc,memory-backend=ram0"]
+            return arguments + ["-machine", f"pc,memory-backend={self.ram_id}0"]
         arguments += ["-machine", "pc"]
         for index in range(len(backends)):
             cpus = "cpus=0," if index == 0 else ""
-            arguments += ["-numa", f"node,nodeid={index},{cpus}memdev=ram{index}"]
+            arguments += ["-numa", f"node,nodeid={index},{cpus}memdev={self.ram_id}{index}"]
         return arguments
 
     def _firmware(self):
