@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# bash completion for memferry(1)
+
+# Names of the sessions that memferryd has; silent where it can't be reached.
+_memferry_names()
+{
+    memferry "$@" status 2>/dev/null | awk 'NR > 1 { print $1 }'
+}
+
+_memferry()
+{
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
+    local verbs="receive migrate status cancel check forget"
+    local verb="" named="" word i
+    local -a runtime=()
+    COMPREPLY=()
+
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        case $word in
+        --runtime-dir)
+            runtime=(--runtime-dir "${COMP_WORDS[++i]}")
+            ;;
+        --qmp | --to | --streams)
+            ((i++))
+            ;;
+        -*) ;;
+        *)
+            if [[ -z $verb ]]; then
+                verb=$word
+            else
+                named=yes
+            fi
+            ;;
+        esac
+    done
+
+    case $prev in
+    --qmp)
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+        return
+        ;;
+    --runtime-dir)
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -d -- "$cur")
+        return
+        ;;
+    --to)
+        mapfile -t COMPREPLY < <(compgen -A hostname -- "$cur")
+        return
+        ;;
+    --streams)
+        mapfile -t COMPREPLY < <(compgen -W "1 2 4 8 16" -- "$cur")
+        return
+        ;;
+    esac
+
+    local options="--help"
+    case $verb in
+    "") options="--runtime-dir --help --version" ;;
+    receive) options+=" --qmp" ;;
+    migrate) options+=" --qmp --to --json --detach --keep-source --streams" ;;
+    status | check) options+=" --json" ;;
+    esac
+    if [[ $cur == -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")
+        return
+    fi
+    case $verb in
+    "") mapfile -t COMPREPLY < <(compgen -W "$verbs" -- "$cur") ;;
+    status | cancel | forget)
+        [[ -n $named ]] ||
+            mapfile -t COMPREPLY < <(compgen -W "$(_memferry_names "${runtime[@]}")" -- "$cur")
+        ;;
+    esac
+}
+
+complete -F _memferry memferry
