@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Migrations that succeed."""
+import mmap
 import os
+import struct
 import time
 
 from common import FIELDS, SLOW_MBIT, Pair, need
-from harness.sandbox import HarnessError, Skip, run
 from harness.artifacts import qemu_of_release
+from harness.host import Host
+from harness.net import Network
+from harness.sandbox import HarnessError, Skip, run
 from harness.testing import e2e
+from harness.vm import Vm
 
 
 def whole_way(sandbox, **options):
@@ -16,6 +21,33 @@ def whole_way(sandbox, **options):
     pair.check_arrived()
     pair.forget()
     return pair
+
+
+@e2e()
+def guest_finds_wrong_byte(sandbox):
+    """The tests' own test: one flipped bit in the RAM file, and the guest says which page."""
+    network = Network(sandbox)
+    vm = Vm(sandbox, Host(sandbox, network, "a", start=False), "vm1")
+    vm.start_work(64, "idle")
+    vm.verify()
+    with open(vm.ram_files[0], "r+b") as ram:
+        memory = mmap.mmap(ram.fileno(), 0)
+        # In pages of the pattern neighbouring words differ by the same amount throughout.
+        page = next(at for at in range(0, len(memory), 4096) if is_pattern(memory[at:at + 4096]))
+        memory[page + 2345] ^= 0x04
+        memory.close()
+    try:
+        vm.verify()
+    except HarnessError as error:
+        need("1 wrong pages" in str(error) and "word=293" in str(error), f"said otherwise: {error}")
+    else:
+        raise HarnessError("the guest did not notice a flipped bit")
+
+
+def is_pattern(page):
+    words = struct.unpack("<512Q", page)
+    steps = {(new - old) % (1 << 64) for old, new in zip(words, words[1:])}
+    return len(steps) == 1 and steps != {0}
 
 
 @e2e()
