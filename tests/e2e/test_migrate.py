@@ -32,7 +32,6 @@ def guest_finds_wrong_byte(sandbox):
     vm.verify()
     with open(vm.ram_files[0], "r+b") as ram:
         memory = mmap.mmap(ram.fileno(), 0)
-        # In pages of the pattern neighbouring words differ by the same amount throughout.
         page = next(at for at in range(0, len(memory), 4096) if is_pattern(memory[at:at + 4096]))
         memory[page + 2345] ^= 0x04
         memory.close()
@@ -45,9 +44,9 @@ def guest_finds_wrong_byte(sandbox):
 
 
 def is_pattern(page):
+    """Neighbouring words differ by STEP of tests/guest/pattern_sum.c throughout."""
     words = struct.unpack("<512Q", page)
-    steps = {(new - old) % (1 << 64) for old, new in zip(words, words[1:])}
-    return len(steps) == 1 and steps != {0}
+    return {(new - old) % (1 << 64) for old, new in zip(words, words[1:])} == {0x9e3779b97f4a7c15}
 
 
 @e2e()
