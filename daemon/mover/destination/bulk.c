@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A bulk connection's thread on the destination: receive a frame, check it, land it, and so on.
+ *
+ * The payload of the frame and the header of the next are asked for in one receive, so a busy connection costs
+ * one wait a frame. The header sits right before the page-aligned payload.
+ */
+#include "daemon/mover/destination/destination.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+
+#include "daemon/mover/ring.h"
+#include "lib/log.h"
+
+#define BULK_NICE 5
+#define PAYLOAD_ROOM MF_FRAME_DATA_MAX_BYTES
+#define LEAD 4096u /**< room before the payload, for its header */
+
+struct bulk {
+    struct bulk_thread *self;
+    struct mover *mover;
+    struct resolver resolver;
+    struct io_uring ring;
+    uint8_t *buffer; /**< LEAD + PAYLOAD_ROOM + a header, aligned */
+    size_t have;     /**< bytes from the header on */
+};
+
+static void nothing(void *arg)
+{
+    (void)arg; /* the fault thread reads events; this one only waits */
+}
+
+static uint8_t *frame_at(const struct bulk *b)
+{
+    return b->buffer + LEAD - MF_FRAME_HEADER_BYTES;
+}
+
+/* Have at least @need bytes from the header on; one header more is welcome. Return: 1, 0 at the end of
+ * the stream between frames, or -errno. */
+static int have_bytes(struct bulk *b, size_t need)
+{
+    while (b->have < need) {
+        ssize_t n = ring_recv(&b->ring, b->self->fd, frame_at(b) + b->have,
+                              need + MF_FRAME_HEADER_BYTES - b->have);
+        if (n <= 0)
+            return n < 0 ? (int)n : b->have == 0 ? 0 : -ECONNRESET;
+        b->have += (size_t)n;
+        atomic_fetch_add_explicit(&b->mover->figures->wire_bytes, (uint64_t)n,
+                                  memory_order_relaxed);
+    }
+    return 1;
+}
+
+static void consume(struct bulk *b, size_t bytes)
+{
+    b->have -= bytes;
+    memmove(frame_at(b), frame_at(b) + bytes, b->have);
+}
+
+/* A huge page goes straight into the second mapping; what came along with the header is moved there. */
+static int receive_huge(struct bulk *b, const struct mf_frame *frame)
+{
+    uint8_t *to = land_begin_huge(&b->resolver, frame);
+    size_t have = b->have - MF_FRAME_HEADER_BYTES; /* at most one header's worth of payload */
+    int r = 1;
+    if (to)
+        memcpy(to, frame_at(b) + MF_FRAME_HEADER_BYTES, have);
+    uint64_t got = have;
+    b->have = 0;
+    while (r > 0 && got < frame->length_bytes) {
+        uint64_t want = frame->length_bytes - got;
+        if (!to && want > PAYLOAD_ROOM)
+            want = PAYLOAD_ROOM;
+        ssize_t n = ring_recv(&b->ring, b->self->fd, to ? to + got : b->buffer + LEAD, want);
+        if (n <= 0) {
+            r = n < 0 ? (int)n : -ECONNRESET;
+        } else {
+            got += (uint64_t)n;
+            atomic_fetch_add_explicit(&b->mover->figures->wire_bytes, (uint64_t)n,
+                                      memory_order_relaxed);
+        }
+    }
+    if (to)
+        land_end_huge(&b->resolver, frame, r > 0);
+    return r;
+}
+
+static int one_frame(struct bulk *b)
+{
+    struct mover *mover = b->mover;
+    struct mf_frame frame;
+    const char *why = NULL;
+    int r = have_bytes(b, MF_FRAME_HEADER_BYTES);
+    if (r <= 0)
+        return r;
+    if (mf_frame_decode(frame_at(b), &frame, &why) < 0 ||
+        mf_frame_check(&frame, mover->frame_region, mover->region_count, true, &why) < 0) {
+        link_fail(mover, "bulk connection %u: the source sent %s", b->self->stream, why);
+        return -EPROTO;
+    }
+    if (frame.type == MF_FRAME_DATA && mover->region[frame.region].map)
+        return receive_huge(b, &frame);
+    r = have_bytes(b, MF_FRAME_HEADER_BYTES + frame.length_bytes);
+    if (r <= 0)
+        return r;
+    switch (frame.type) {
+    case MF_FRAME_DATA:
+        r = land_data(&b->resolver, &frame, frame_at(b) + MF_FRAME_HEADER_BYTES);
+        if (r < 0) {
+            link_fail(mover,
+                      "the destination cannot write %s's memory: %s; free memory there, the "
+                      "session goes on by itself",
+                      mover->name, strerror(-r));
+            return r;
+        }
+        break;
+    case MF_FRAME_ZERO:
+        land_zero(&b->resolver, &frame);
+        break;
+    case MF_FRAME_BARRIER:
+        if (atomic_fetch_add(&mover->link.barriers, 1) + 1 == mover->link.streams)
+            mover_wake(mover);
+        break;
+    }
+    consume(b, MF_FRAME_HEADER_BYTES + frame.length_bytes);
+    return 1;
+}
+
+void *destination_bulk_main(void *argument)
+{
+    struct bulk_thread *self = argument;
+    struct bulk b = {.self = self, .mover = self->mover};
+    prctl(PR_SET_NAME, "bulk-receive");
+    setpriority(PRIO_PROCESS, 0, BULK_NICE);
+    b.resolver = (struct resolver){.mover = self->mover,
+                                   .table = faults_table(self->mover),
+                                   .on_event = nothing};
+    int r = ring_open(&b.ring, 4);
+    if (r < 0)
+        mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
+    b.buffer = aligned_alloc(4096, LEAD + PAYLOAD_ROOM + 4096);
+    if (!b.buffer)
+        mover_fatal("out of memory for a bulk connection's buffer");
+    do
+        r = one_frame(&b);
+    while (r > 0 && !atomic_load_explicit(&self->mover->link.stop, memory_order_relaxed));
+    if (r <= 0 && !atomic_load(&self->mover->link.stop))
+        link_fail(self->mover, "bulk connection %u to the source broke: %s", self->stream,
+                  r < 0 ? strerror(-r) : "the source closed it");
+    free(b.buffer);
+    ring_close(&b.ring);
+    return NULL;
+}

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The destination's fault path, file by file:
+ *   faults.c       the fault thread: userfaultfd messages in, REQUESTs out, urgent answers in
+ *   fault_table.c  who waits since when
+ *   land.c         bytes into the page cache, states, then resolve
+ *   resolve.c      CONTINUE and ZEROPAGE, and what their errors mean
+ *   bulk.c         a bulk connection's thread
+ */
+#pragma once
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "daemon/mover/mover.h"
+
+/* ---- fault_table.c ----
+ *
+ * The pages somebody waits for, with the time at which the message was read. Only the fault thread adds;
+ * whoever makes a page resolvable finds FAULTED in its state and takes it out. Fixed size. An entry is
+ * there whenever FAULTED is set.
+ */
+
+#define FAULT_SLOTS 8192u
+
+struct fault_slot {
+    _Atomic uint64_t key; /**< 0: free; else region << 48 | page, plus one */
+    uint64_t since_ns;    /**< written before key (release) */
+};
+struct fault_table {
+    struct fault_slot slot[FAULT_SLOTS];
+    _Atomic uint32_t used;
+};
+
+/** fault_table_add() - Return: false when the table is full (the page is then served untimed). */
+bool fault_table_add(struct fault_table *table, uint32_t region, uint64_t page, uint64_t since_ns);
+/** fault_table_take() - remove. Return: since when, or 0 if it is not there. */
+uint64_t fault_table_take(struct fault_table *table, uint32_t region, uint64_t page);
+/** fault_table_each() - call @each for every entry (fault thread). */
+void fault_table_each(struct fault_table *table,
+                      void (*each)(void *arg, uint32_t region, uint64_t page), void *arg);
+
+/* ---- resolve.c ---- */
+
+/**
+ * struct resolver - how a thread resolves. Only the fault thread may read events, so only it can end an
+ * EAGAIN by itself; the others wait for it.
+ */
+struct resolver {
+    struct mover *mover;
+    struct fault_table *table;
+    /** on_event: called on EAGAIN; reads events if this is the fault thread. */
+    void (*on_event)(void *arg);
+    void *arg;
+};
+
+/** resolve_run() - let the guest have pages whose states say so and which are in the page cache.
+ *  Blocks only while an event is unread. */
+void resolve_run(struct resolver *resolver, uint32_t region, uint64_t first, uint64_t pages);
+
+/** resolve_page() - the same for one page that may also be a hole: it is given as zeros. */
+void resolve_page(struct resolver *resolver, uint32_t region, uint64_t page);
+
+/** resolve_done() - a page that had FAULTED has been resolved: stop the clock. */
+void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
+
+/* ---- land.c ---- */
+
+/**
+ * land_data() - the payload of a DATA frame, already received into @payload: claim the pages, write them
+ * into the RAM file, confirm, resolve. Pages that somebody else has filled are skipped.
+ * Return: 0, or -errno of writing the RAM file (-ENOSPC, -ENOMEM: the pages stay missing).
+ */
+int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload);
+
+/** land_begin_huge() / land_end_huge() - a page of hugetlbfs, received straight into the second mapping.
+ *  begin: where to receive to, or NULL: somebody else has it, receive into scratch. end: @arrived? */
+uint8_t *land_begin_huge(struct resolver *resolver, const struct mf_frame *frame);
+void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived);
+
+/** land_zero() - a ZERO frame. */
+void land_zero(struct resolver *resolver, const struct mf_frame *frame);
+
+/** land_count_missing() - @pages have become resolvable; tells the main thread at the last one. */
+void land_count_missing(struct mover *mover, uint64_t pages);
+
+/* ---- faults.c ---- */
+struct fault_table *faults_table(struct mover *mover);

@@ -1,0 +1,576 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The fault thread: the one reader of the userfaultfds, and the owner of the urgent connection.
+ *
+ * One io_uring waits for everything: a userfaultfd readable, bytes on the urgent connection, a request
+ * sent, a word from the main thread, a timer while something is to be tried again. A fault therefore costs one
+ * wake-up to be read and one when its page arrives, and while it travels others are served.
+ *
+ * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them; a
+ * fault at an address that no mapping covers is parked and tried again after the next event; faults are
+ * de-duplicated by page (FAULTED in its state).
+ */
+#include "daemon/mover/destination/destination.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "daemon/mover/ring.h"
+#include "lib/log.h"
+#include "lib/uapi.h"
+#include "lib/uffd.h"
+#include "lib/util.h"
+
+#define FAULTS_ROOM 1024u    /**< faults read but not served yet; more are made to fault again */
+#define PARKED_ROOM 256u
+#define REQUESTS_ROOM 4096u  /**< REQUESTs not sent yet */
+#define MESSAGES_A_READ 64u
+#define RETRY_NS 5000000     /**< parked faults are tried again this often, at the latest */
+
+enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD };
+
+struct fault {
+    uint64_t addr;
+    uint64_t since_ns;
+    uint32_t context;
+};
+
+struct fault_thread {
+    struct mover *mover;
+    pthread_t thread;
+    struct io_uring ring;
+    struct fault_table table;
+    struct resolver resolver;
+    int kick_fd;
+    uint64_t kick_value;
+    bool serving; /**< in serve_faults: on_event must not start it again */
+
+    struct fault faults[FAULTS_ROOM];
+    unsigned fault_count;
+    struct fault parked[PARKED_ROOM];
+    unsigned parked_count;
+    bool timer_armed;
+    struct __kernel_timespec timer;
+
+    /* The urgent connection. wanted_fd is the main thread's wish; fd is what this thread uses. */
+    _Atomic int wanted_fd;
+    sem_t done;
+    int fd;
+    bool receiving, sending, broken;
+    uint8_t *in;    /**< a header, then its page-aligned payload (as in bulk.c) */
+    size_t in_have, in_need;
+    struct mf_frame frame;
+    uint8_t *huge;  /**< a huge page's place in the second mapping while it is received */
+    uint8_t out[REQUESTS_ROOM * MF_FRAME_HEADER_BYTES];
+    size_t out_have, out_sending;
+};
+
+#define LEAD 4096u
+#define FRAME_START (LEAD - MF_FRAME_HEADER_BYTES)
+
+struct fault_table *faults_table(struct mover *mover)
+{
+    return &mover->faults->table;
+}
+
+static struct io_uring_sqe *get_sqe(struct fault_thread *t, enum tag tag, unsigned index)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&t->ring);
+    if (!sqe) {
+        io_uring_submit(&t->ring);
+        sqe = io_uring_get_sqe(&t->ring);
+    }
+    if (!sqe)
+        mover_fatal("the fault thread's io_uring is full");
+    io_uring_sqe_set_data64(sqe, (uint64_t)tag | (uint64_t)index << 8);
+    return sqe;
+}
+
+/* Set the tag after the prep call: io_uring_prep_* clears user_data in some versions of liburing. */
+static void tag_sqe(struct io_uring_sqe *sqe, enum tag tag, unsigned index)
+{
+    io_uring_sqe_set_data64(sqe, (uint64_t)tag | (uint64_t)index << 8);
+}
+
+static void arm_uffd(struct fault_thread *t, unsigned context)
+{
+    struct io_uring_sqe *sqe = get_sqe(t, TAG_UFFD, context);
+    io_uring_prep_poll_multishot(sqe, t->mover->context_fd[context], POLLIN);
+    tag_sqe(sqe, TAG_UFFD, context);
+}
+
+static void arm_kick(struct fault_thread *t)
+{
+    struct io_uring_sqe *sqe = get_sqe(t, TAG_KICK, 0);
+    io_uring_prep_read(sqe, t->kick_fd, &t->kick_value, sizeof(t->kick_value), 0);
+    tag_sqe(sqe, TAG_KICK, 0);
+}
+
+/* ---- the urgent connection ---- */
+
+static void urgent_broken(struct fault_thread *t, const char *why)
+{
+    if (!t->broken && !atomic_load(&t->mover->link.stop))
+        link_fail(t->mover, "the urgent connection to the source broke: %s", why);
+    t->broken = true;
+}
+
+static void send_requests(struct fault_thread *t)
+{
+    if (t->sending || t->fd < 0 || t->broken || t->out_have == 0)
+        return;
+    struct io_uring_sqe *sqe = get_sqe(t, TAG_SEND, 0);
+    io_uring_prep_send(sqe, t->fd, t->out, t->out_have, MSG_NOSIGNAL | MSG_WAITALL);
+    tag_sqe(sqe, TAG_SEND, 0);
+    t->sending = true;
+    t->out_sending = t->out_have;
+}
+
+static void request(struct fault_thread *t, uint32_t region, uint64_t page)
+{
+    if (t->fd < 0 || t->broken)
+        return; /* asked for when there is a link again: it is in the table */
+    if (t->out_have + MF_FRAME_HEADER_BYTES > sizeof(t->out)) {
+        /* Thousands of faults in one batch: the sweep brings what was not asked for. */
+        return;
+    }
+    mf_frame_encode(&(struct mf_frame){.type = MF_FRAME_REQUEST,
+                                       .region = (uint16_t)region,
+                                       .first_page = page,
+                                       .pages = 1},
+                    t->out + t->out_have);
+    t->out_have += MF_FRAME_HEADER_BYTES;
+    atomic_fetch_add_explicit(&t->mover->figures->faults_asked, 1, memory_order_relaxed);
+}
+
+static void sent(struct fault_thread *t, int result)
+{
+    t->sending = false;
+    if (result < 0 || (size_t)result > t->out_sending) {
+        urgent_broken(t, strerror(-result));
+        return;
+    }
+    t->out_have -= (size_t)result;
+    memmove(t->out, t->out + result, t->out_have);
+}
+
+static void arm_recv(struct fault_thread *t)
+{
+    if (t->receiving || t->fd < 0 || t->broken)
+        return;
+    struct io_uring_sqe *sqe = get_sqe(t, TAG_RECV, 0);
+    if (t->huge)
+        io_uring_prep_recv(sqe, t->fd, t->huge + t->in_have, t->in_need - t->in_have, 0);
+    else
+        io_uring_prep_recv(sqe, t->fd, t->in + FRAME_START + t->in_have,
+                           t->in_need + MF_FRAME_HEADER_BYTES - t->in_have, 0);
+    tag_sqe(sqe, TAG_RECV, 0);
+    t->receiving = true;
+}
+
+static void start_frame(struct fault_thread *t)
+{
+    t->frame.type = 0; /* header not seen */
+    t->in_need = MF_FRAME_HEADER_BYTES;
+}
+
+/* A huge page's payload: from now on in_have and in_need count its bytes. One that is not wanted any more
+ * is received into the buffer in pieces. */
+static void begin_huge(struct fault_thread *t)
+{
+    size_t along = t->in_have - MF_FRAME_HEADER_BYTES;
+    t->huge = land_begin_huge(&t->resolver, &t->frame);
+    if (!t->huge) {
+        /* Only a frame that travelled twice: let the link be made anew rather than carry a second path
+         * for megabytes that nobody needs. */
+        t->huge = malloc(t->frame.length_bytes);
+        if (!t->huge)
+            mover_fatal("out of memory for a huge page");
+        t->frame.flags = 0xff; /* scratch */
+    }
+    memcpy(t->huge, t->in + LEAD, along);
+    t->in_have = along;
+    t->in_need = t->frame.length_bytes;
+}
+
+static void end_huge(struct fault_thread *t, bool arrived)
+{
+    if (t->frame.flags == 0xff)
+        free(t->huge);
+    else
+        land_end_huge(&t->resolver, &t->frame, arrived);
+    t->huge = NULL;
+}
+
+/* Work off what has been received. */
+static void take_frames(struct fault_thread *t)
+{
+    struct mover *mover = t->mover;
+    while (!t->broken && t->in_have >= t->in_need) {
+        const char *why = NULL;
+        uint8_t *header = t->in + FRAME_START;
+        if (t->huge) {
+            end_huge(t, true);
+            t->in_have = 0;
+            start_frame(t);
+            continue;
+        }
+        if (t->frame.type == 0) {
+            if (mf_frame_decode(header, &t->frame, &why) < 0 ||
+                mf_frame_check(&t->frame, mover->frame_region, mover->region_count, true, &why) <
+                    0) {
+                t->frame.type = 0;
+                urgent_broken(t, why);
+                return;
+            }
+            if (t->frame.type == MF_FRAME_DATA && mover->region[t->frame.region].map) {
+                begin_huge(t);
+                continue;
+            }
+            t->in_need = MF_FRAME_HEADER_BYTES + t->frame.length_bytes;
+            continue;
+        }
+        int r = 0;
+        if (t->frame.type == MF_FRAME_DATA)
+            r = land_data(&t->resolver, &t->frame, header + MF_FRAME_HEADER_BYTES);
+        else if (t->frame.type == MF_FRAME_ZERO)
+            land_zero(&t->resolver, &t->frame);
+        if (r < 0) {
+            urgent_broken(t, strerror(-r));
+            return;
+        }
+        t->in_have -= t->in_need;
+        memmove(header, header + t->in_need, t->in_have);
+        start_frame(t);
+    }
+}
+
+static void received(struct fault_thread *t, int result)
+{
+    t->receiving = false;
+    if (result == -EAGAIN || result == -EINTR)
+        return;
+    if (result <= 0) {
+        urgent_broken(t, result < 0 ? strerror(-result) : "the source closed it");
+        return;
+    }
+    t->in_have += (size_t)result;
+    atomic_fetch_add_explicit(&t->mover->figures->wire_bytes, (uint64_t)result,
+                              memory_order_relaxed);
+    take_frames(t);
+}
+
+static void request_again(void *argument, uint32_t region, uint64_t page)
+{
+    struct fault_thread *t = argument;
+    if (!mf_page_resolvable(mf_page_load(&t->mover->view.pages[region], page)))
+        request(t, region, page);
+}
+
+/* The main thread wants another urgent connection, or none. */
+static void change_connection(struct fault_thread *t)
+{
+    int wanted = atomic_load(&t->wanted_fd);
+    if (wanted == t->fd || t->sending || t->receiving)
+        return; /* what is under way ends first: the main thread has shut the old socket down */
+    if (t->huge)
+        end_huge(t, false);
+    t->fd = wanted;
+    t->broken = false;
+    t->in_have = t->out_have = 0;
+    start_frame(t);
+    if (t->fd >= 0)
+        fault_table_each(&t->table, request_again, t);
+    sem_post(&t->done);
+}
+
+/* ---- faults and events ---- */
+
+static void serve(struct fault_thread *t, const struct fault *fault)
+{
+    struct mover *mover = t->mover;
+    struct mf_mapping mapping;
+    if (!mf_layout_find(&mover->layout, fault->context, fault->addr, &mapping)) {
+        if (t->parked_count < PARKED_ROOM)
+            t->parked[t->parked_count++] = *fault;
+        else /* it will fault again */
+            mf_uffd_wake(mover->context_fd[fault->context], fault->addr & ~UINT64_C(4095), 4096);
+        return;
+    }
+    const uint32_t region = mapping.region;
+    const uint64_t page = (fault->addr - mapping.start_addr + mapping.offset_bytes) /
+                          mover->region[region].page_bytes;
+    const struct mf_pages *states = &mover->view.pages[region];
+    uint8_t byte = mf_page_load(states, page);
+    if (!mf_page_resolvable(byte)) {
+        if (byte & MF_PAGE_FAULTED)
+            return; /* somebody waits for it already; one ioctl will wake them all */
+        bool timed = fault_table_add(&t->table, region, page, fault->since_ns);
+        if (timed)
+            byte = mf_page_fault(states, page);
+        if (!mf_page_resolvable(byte)) {
+            request(t, region, page);
+            return;
+        }
+        if (timed)
+            fault_table_take(&t->table, region, page);
+    }
+    resolve_page(&t->resolver, region, page);
+    mf_histogram_add(&mover->figures->faults, mf_now_ns() - fault->since_ns);
+}
+
+static void discard_range(struct fault_thread *t, uint32_t context, uint64_t start, uint64_t end)
+{
+    struct mover *mover = t->mover;
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    unsigned count = mf_layout_get(&mover->layout, mappings, MF_MAPPINGS_MAX);
+    for (unsigned i = 0; i < count; i++) {
+        const struct mf_mapping *m = &mappings[i];
+        const uint64_t mapped_end = m->start_addr + m->length_bytes;
+        if (m->context != context || mapped_end <= start || m->start_addr >= end)
+            continue;
+        const uint64_t page_bytes = mover->region[m->region].page_bytes;
+        const uint64_t from = start > m->start_addr ? start : m->start_addr;
+        const uint64_t to = end < mapped_end ? end : mapped_end;
+        const uint64_t first = (from - m->start_addr + m->offset_bytes) / page_bytes;
+        const uint64_t last = (to - 1 - m->start_addr + m->offset_bytes) / page_bytes;
+        uint64_t missing = 0;
+        for (uint64_t page = first; page <= last; page++) {
+            uint8_t was = mf_page_discard(&mover->view.pages[m->region], page);
+            if (mf_page_state_of(was) == MF_PAGE_LANDING)
+                continue; /* its lander finishes it */
+            missing += !mf_page_resolvable(was);
+            if (was & MF_PAGE_FAULTED) {
+                resolve_page(&t->resolver, m->region, page);
+                resolve_done(&t->resolver, m->region, page);
+            }
+        }
+        land_count_missing(mover, missing);
+    }
+}
+
+static void apply_event(struct fault_thread *t, uint32_t context, const struct uffd_msg *message)
+{
+    struct mover *mover = t->mover;
+    int r = 0;
+    switch (message->event) {
+    case UFFD_EVENT_REMOVE:
+        /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has punched the
+         * file before, silently. So the range is discarded either way. */
+        discard_range(t, context, message->arg.remove.start, message->arg.remove.end);
+        mf_uffd_wake(mover->context_fd[context], message->arg.remove.start,
+                     message->arg.remove.end - message->arg.remove.start);
+        break;
+    case UFFD_EVENT_UNMAP:
+        r = mf_layout_unmap(&mover->layout, context, message->arg.remove.start,
+                            message->arg.remove.end);
+        mf_uffd_wake(mover->context_fd[context], message->arg.remove.start,
+                     message->arg.remove.end - message->arg.remove.start);
+        break;
+    case UFFD_EVENT_REMAP:
+        r = mf_layout_remap(&mover->layout, context, message->arg.remap.from,
+                            message->arg.remap.to, message->arg.remap.len);
+        break;
+    default:
+        mf_log(MF_LOG_WARNING, "%s: a userfaultfd message of unknown kind %#x", mover->name,
+               message->event);
+    }
+    if (r < 0)
+        mover_fatal("%s: the VM maps its memory in more than %u pieces", mover->name,
+                    MF_MAPPINGS_MAX);
+}
+
+/* Read everything: events take effect now, faults are queued. Return: was there an event? */
+static bool read_messages(struct fault_thread *t, uint32_t context)
+{
+    struct uffd_msg messages[MESSAGES_A_READ];
+    const int uffd = t->mover->context_fd[context];
+    bool event = false;
+    for (;;) {
+        ssize_t n = read(uffd, messages, sizeof(messages));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno != EAGAIN)
+            mover_fatal("%s: reading the userfaultfd failed: %s", t->mover->name, strerror(errno));
+        if (n < (ssize_t)sizeof(messages[0]))
+            return event;
+        const uint64_t now_ns = mf_now_ns();
+        for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++) {
+            if (messages[i].event != UFFD_EVENT_PAGEFAULT) {
+                apply_event(t, context, &messages[i]);
+                event = true;
+                continue;
+            }
+            const uint64_t addr = messages[i].arg.pagefault.address;
+            if (t->fault_count < FAULTS_ROOM)
+                t->faults[t->fault_count++] =
+                    (struct fault){.addr = addr, .since_ns = now_ns, .context = context};
+            else /* events must be read whatever happens; this one will fault again */
+                mf_uffd_wake(uffd, addr & ~UINT64_C(4095), 4096);
+        }
+    }
+}
+
+static void serve_faults(struct fault_thread *t, bool event)
+{
+    if (t->serving)
+        return;
+    t->serving = true;
+    if (event && t->parked_count > 0) {
+        struct fault again[PARKED_ROOM];
+        unsigned count = t->parked_count;
+        memcpy(again, t->parked, count * sizeof(again[0]));
+        t->parked_count = 0;
+        for (unsigned i = 0; i < count; i++)
+            serve(t, &again[i]);
+    }
+    /* Serving may read more (EAGAIN): so a batch is taken out, and then the next. */
+    while (t->fault_count > 0) {
+        struct fault batch[FAULTS_ROOM];
+        unsigned count = t->fault_count;
+        memcpy(batch, t->faults, count * sizeof(batch[0]));
+        t->fault_count = 0;
+        for (unsigned i = 0; i < count; i++)
+            serve(t, &batch[i]);
+    }
+    t->serving = false;
+}
+
+static void on_event(void *argument)
+{
+    struct fault_thread *t = argument;
+    for (unsigned i = 0; i < t->mover->context_count; i++)
+        read_messages(t, i);
+}
+
+static void arm_timer(struct fault_thread *t)
+{
+    if (t->timer_armed || t->parked_count == 0)
+        return;
+    struct io_uring_sqe *sqe = get_sqe(t, TAG_TIMER, 0);
+    t->timer = (struct __kernel_timespec){.tv_nsec = RETRY_NS};
+    io_uring_prep_timeout(sqe, &t->timer, 0, 0);
+    tag_sqe(sqe, TAG_TIMER, 0);
+    t->timer_armed = true;
+}
+
+/* Nothing has come that explains them: let them fault again. */
+static void give_up_parked(struct fault_thread *t)
+{
+    for (unsigned i = 0; i < t->parked_count; i++)
+        mf_uffd_wake(t->mover->context_fd[t->parked[i].context],
+                     t->parked[i].addr & ~UINT64_C(4095), 4096);
+    t->parked_count = 0;
+}
+
+static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
+{
+    const unsigned index = (unsigned)(cqe->user_data >> 8);
+    switch ((enum tag)(cqe->user_data & 0xff)) {
+    case TAG_UFFD:
+        if (cqe->res < 0 || (cqe->res & POLLERR))
+            mover_fatal("%s: the userfaultfd can't be waited for", t->mover->name);
+        serve_faults(t, read_messages(t, index));
+        if (!(cqe->flags & IORING_CQE_F_MORE))
+            arm_uffd(t, index);
+        break;
+    case TAG_RECV:
+        received(t, cqe->res);
+        break;
+    case TAG_SEND:
+        sent(t, cqe->res);
+        break;
+    case TAG_KICK:
+        arm_kick(t);
+        break;
+    case TAG_TIMER:
+        t->timer_armed = false;
+        serve_faults(t, true);
+        give_up_parked(t);
+        break;
+    }
+}
+
+static void *fault_main(void *argument)
+{
+    struct fault_thread *t = argument;
+    prctl(PR_SET_NAME, "faults");
+    int r = ring_open(&t->ring, 64);
+    if (r < 0)
+        mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
+    for (unsigned i = 0; i < t->mover->context_count; i++)
+        arm_uffd(t, i);
+    arm_kick(t);
+    /* A poll says "readable" on the way from not to readable: what came before is read here. */
+    for (unsigned i = 0; i < t->mover->context_count; i++)
+        serve_faults(t, read_messages(t, i));
+    for (;;) {
+        struct io_uring_cqe *cqe;
+        change_connection(t);
+        send_requests(t);
+        arm_recv(t);
+        arm_timer(t);
+        r = io_uring_submit_and_wait(&t->ring, 1);
+        if (r < 0 && r != -EINTR)
+            mover_fatal("waiting on io_uring failed: %s", strerror(-r));
+        while (io_uring_peek_cqe(&t->ring, &cqe) == 0) {
+            struct io_uring_cqe copy = *cqe;
+            io_uring_cqe_seen(&t->ring, cqe);
+            handle(t, &copy);
+            serve_faults(t, false); /* what landing a page may have read on the way */
+        }
+    }
+    return NULL;
+}
+
+static void kick(struct fault_thread *t)
+{
+    const uint64_t one = 1;
+    ssize_t n = write(t->kick_fd, &one, sizeof(one));
+    (void)n;
+}
+
+int faults_start(struct mover *mover)
+{
+    struct fault_thread *t = calloc(1, sizeof(*t));
+    if (!t)
+        return -ENOMEM;
+    t->mover = mover;
+    t->fd = -1;
+    atomic_store(&t->wanted_fd, -1);
+    t->resolver = (struct resolver){
+        .mover = mover, .table = &t->table, .on_event = on_event, .arg = t};
+    t->in = aligned_alloc(4096, LEAD + MF_FRAME_DATA_MAX_BYTES + 4096);
+    t->kick_fd = eventfd(0, EFD_CLOEXEC);
+    if (!t->in || t->kick_fd < 0 || sem_init(&t->done, 0, 0) != 0)
+        return -ENOMEM;
+    mover->faults = t;
+    if (pthread_create(&t->thread, NULL, fault_main, t) != 0)
+        return -EAGAIN;
+    return 0;
+}
+
+static void change(struct fault_thread *t, int fd)
+{
+    atomic_store(&t->wanted_fd, fd);
+    kick(t);
+    while (sem_wait(&t->done) != 0)
+        ;
+}
+
+void faults_attach(struct mover *mover, int urgent_fd)
+{
+    change(mover->faults, urgent_fd);
+}
+
+void faults_detach(struct mover *mover)
+{
+    change(mover->faults, -1);
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Landing: bytes into the RAM file, so that they are in the page cache that the guest maps.
+ *
+ * On tmpfs a run is received into a small buffer that stays in the processor's cache and written with
+ * one pwrite(2). That is one copy more than receiving into a mapping, and still much faster: write(2)
+ * of whole pages allocates without clearing them first, needs no page-table entry of ours and takes no fault
+ * (doc/performance.md has the figures). It also means that a page is LANDING only for as long as a copy
+ * within memory takes, never for as long as the network does. hugetlbfs has no write(2); its pages are
+ * received straight into the second mapping.
+ */
+#include "daemon/mover/destination/destination.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+void land_count_missing(struct mover *mover, uint64_t pages)
+{
+    if (pages == 0)
+        return;
+    if (atomic_fetch_sub(&mover->figures->missing_pages, pages) == pages) {
+        atomic_store(&mover->confirmed_all, true);
+        mover_wake(mover);
+    }
+}
+
+static void punch(const struct region *region, uint64_t page)
+{
+    if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)(page * region->page_bytes), region->page_bytes) != 0)
+        mover_fatal("cannot punch a discarded page out of %s", region->name);
+}
+
+/* A page was discarded while this thread filled it: take the bytes out again, then let it be zeros. */
+static void finish_discard(struct resolver *resolver, uint32_t region, uint64_t page)
+{
+    punch(&resolver->mover->region[region], page);
+    uint8_t was = mf_page_discard_finish(&resolver->mover->view.pages[region], page);
+    if (was & MF_PAGE_FAULTED) {
+        resolve_page(resolver, region, page);
+        resolve_done(resolver, region, page);
+    }
+    land_count_missing(resolver->mover, 1);
+}
+
+static int write_all(int fd, const uint8_t *from, uint64_t length_bytes, uint64_t offset_bytes)
+{
+    while (length_bytes > 0) {
+        ssize_t n = pwrite(fd, from, length_bytes, (off_t)offset_bytes);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? -errno : -EIO;
+        from += n;
+        offset_bytes += (uint64_t)n;
+        length_bytes -= (uint64_t)n;
+    }
+    return 0;
+}
+
+/* [first, first + pages): claimed by this call. */
+static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t first,
+                    uint64_t pages, const uint8_t *from)
+{
+    struct mover *mover = resolver->mover;
+    const struct region *region = &mover->region[region_index];
+    const struct mf_pages *states = &mover->view.pages[region_index];
+    int r = write_all(region->fd, from, pages * region->page_bytes, first * region->page_bytes);
+    if (r < 0) {
+        for (uint64_t page = first; page < first + pages; page++)
+            if (mf_page_unclaim(states, page) & MF_PAGE_DISCARD)
+                finish_discard(resolver, region_index, page);
+        return r;
+    }
+    /* Almost always nobody waits and nothing was discarded; then this is one ioctl for the run. */
+    uint64_t waiting[16];
+    unsigned waiting_count = 0;
+    uint64_t confirmed = 0, run = first;
+    for (uint64_t page = first; page < first + pages; page++) {
+        uint8_t was = mf_page_confirm(states, page);
+        const bool discarded = was & MF_PAGE_DISCARD;
+        confirmed += !discarded;
+        if (!discarded && (was & MF_PAGE_FAULTED))
+            waiting[waiting_count++] = page;
+        if (discarded || waiting_count == sizeof(waiting) / sizeof(waiting[0]) ||
+            page + 1 == first + pages) {
+            uint64_t end = discarded ? page : page + 1;
+            if (end > run)
+                resolve_run(resolver, region_index, run, end - run);
+            while (waiting_count > 0)
+                resolve_done(resolver, region_index, waiting[--waiting_count]);
+            run = page + 1;
+        }
+        if (discarded)
+            finish_discard(resolver, region_index, page);
+    }
+    atomic_fetch_add_explicit(&mover->figures->data_pages, confirmed, memory_order_relaxed);
+    land_count_missing(mover, confirmed);
+    return 0;
+}
+
+int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload)
+{
+    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
+    const uint64_t page_bytes = resolver->mover->region[frame->region].page_bytes;
+    const uint64_t end = frame->first_page + frame->pages;
+    uint64_t page = frame->first_page;
+    while (page < end) {
+        uint64_t first = page;
+        while (page < end && mf_page_claim(states, page))
+            page++;
+        if (page > first) {
+            int r = land_run(resolver, frame->region, first, page - first,
+                             payload + (first - frame->first_page) * page_bytes);
+            if (r < 0)
+                return r;
+        } else {
+            page++; /* CONFIRMED, DISCARDED, or another thread's: these bytes are dropped */
+        }
+    }
+    return 0;
+}
+
+uint8_t *land_begin_huge(struct resolver *resolver, const struct mf_frame *frame)
+{
+    const struct region *region = &resolver->mover->region[frame->region];
+    if (!mf_page_claim(&resolver->mover->view.pages[frame->region], frame->first_page))
+        return NULL;
+    return region->map + frame->first_page * region->page_bytes;
+}
+
+void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived)
+{
+    struct mover *mover = resolver->mover;
+    const struct mf_pages *states = &mover->view.pages[frame->region];
+    uint8_t was = arrived ? mf_page_confirm(states, frame->first_page)
+                          : mf_page_unclaim(states, frame->first_page);
+    if (was & MF_PAGE_DISCARD) {
+        finish_discard(resolver, frame->region, frame->first_page);
+        return;
+    }
+    if (!arrived)
+        return;
+    resolve_run(resolver, frame->region, frame->first_page, 1);
+    if (was & MF_PAGE_FAULTED)
+        resolve_done(resolver, frame->region, frame->first_page);
+    atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
+    land_count_missing(mover, 1);
+}
+
+struct zero_waiter {
+    struct resolver *resolver;
+    uint32_t region;
+};
+
+static void zero_waiter(void *argument, uint64_t page)
+{
+    struct zero_waiter *z = argument;
+    resolve_page(z->resolver, z->region, page);
+    resolve_done(z->resolver, z->region, page);
+}
+
+void land_zero(struct resolver *resolver, const struct mf_frame *frame)
+{
+    struct mover *mover = resolver->mover;
+    struct zero_waiter z = {resolver, frame->region};
+    /* Nothing lies in the file under these pages: it was empty when the VM was armed. */
+    uint64_t pages = mf_page_confirm_empty(&mover->view.pages[frame->region], frame->first_page,
+                                           frame->pages, zero_waiter, &z);
+    atomic_fetch_add_explicit(frame->flags & MF_FRAME_FLAG_HOLE ? &mover->figures->hole_pages
+                                                                : &mover->figures->zero_pages,
+                              pages, memory_order_relaxed);
+    land_count_missing(mover, pages);
+}

@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Taking over what memferryd hands a new mover. */
+#include "daemon/mover/mover.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "lib/uffd.h"
+#include "lib/util.h"
+
+static void take_region(struct mover *mover, const struct mf_ipc *message, int fd)
+{
+    if (mover->region_count == MF_REGIONS_MAX || fd < 0 || message->region.page_bytes == 0)
+        mover_fatal("memferryd handed over a region that can't be used");
+    struct region *region = &mover->region[mover->region_count];
+    memcpy(region->name, message->region.name, sizeof(region->name));
+    region->name[sizeof(region->name) - 1] = '\0';
+    region->size_bytes = message->region.size_bytes;
+    region->page_bytes = message->region.page_bytes;
+    region->pages = region->size_bytes / region->page_bytes;
+    region->kind = (enum mf_memory_kind)message->region.kind;
+    region->fd = fd;
+    /* The second mapping. On the destination pages of tmpfs land by write(2) instead (destination/land.c). */
+    if (mover->role == MF_SOURCE || region->kind == MF_MEMORY_HUGETLB) {
+        int prot = mover->role == MF_SOURCE ? PROT_READ : PROT_READ | PROT_WRITE;
+        void *at = mmap(NULL, region->size_bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
+        if (at == MAP_FAILED)
+            mover_fatal("cannot map the memory %s of %s: %s", region->name, mover->name,
+                        strerror(errno));
+        region->map = at;
+    }
+    mover->frame_region[mover->region_count] =
+        (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
+    mover->region_count++;
+}
+
+struct punch {
+    const struct region *region;
+};
+
+static void punch_page(void *arg, uint64_t page)
+{
+    const struct region *region = ((struct punch *)arg)->region;
+    if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)(page * region->page_bytes), region->page_bytes) != 0)
+        mover_fatal("cannot punch a page out of %s: %s", region->name, strerror(errno));
+}
+
+/* What a predecessor left. Nobody else touches the states yet. */
+static void take_over(struct mover *mover)
+{
+    uint64_t missing = 0;
+    for (unsigned i = 0; i < mover->region_count; i++) {
+        struct punch punch = {.region = &mover->region[i]};
+        missing += mf_page_restart(&mover->view.pages[i], punch_page, &punch);
+    }
+    atomic_store(&mover->figures->missing_pages, missing);
+    if (mover->role == MF_DESTINATION && missing == 0)
+        atomic_store(&mover->confirmed_all, true);
+}
+
+void mover_setup(struct mover *mover)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    unsigned mapping_count = 0;
+    int session_fd = -1;
+    struct mf_ipc message;
+    struct mf_error err;
+
+    for (;;) {
+        int fd = -1;
+        int r = mf_ipc_receive(mover->ipc_fd, &message, &fd);
+        if (r <= 0)
+            _exit(EXIT_SUCCESS); /* memferryd changed its mind */
+        switch ((enum mf_ipc_type)message.type) {
+        case MF_IPC_SETUP:
+            mover->role = message.setup.role == MF_SOURCE ? MF_SOURCE : MF_DESTINATION;
+            memcpy(mover->session_id, message.setup.session_id, sizeof(mover->session_id));
+            memcpy(mover->name, message.setup.name, sizeof(mover->name) - 1);
+            session_fd = fd;
+            break;
+        case MF_IPC_REGION:
+            take_region(mover, &message, fd);
+            break;
+        case MF_IPC_CONTEXT:
+            if (mover->context_count == MOVER_CONTEXTS_MAX || fd < 0)
+                mover_fatal("memferryd handed over a userfaultfd too many");
+            mover->context_fd[mover->context_count++] = fd;
+            break;
+        case MF_IPC_MAPPING:
+            if (mapping_count == MF_MAPPINGS_MAX || message.mapping.region >= mover->region_count ||
+                message.mapping.context >= mover->context_count)
+                mover_fatal("memferryd handed over a mapping of nothing");
+            mappings[mapping_count++] = message.mapping;
+            break;
+        case MF_IPC_GO:
+            goto all;
+        default:
+            mover_fatal("memferryd sent a message of type %u before GO", message.type);
+        }
+    }
+all:
+    if (session_fd < 0 || mover->region_count == 0)
+        mover_fatal("memferryd handed over no session file or no region");
+    if (mf_session_file_map(session_fd, &mover->view, &err) < 0)
+        mover_fatal("%s", err.text);
+    close(session_fd);
+    if (mover->view.file->region_count != mover->region_count)
+        mover_fatal("the session file does not fit the regions");
+    for (unsigned i = 0; i < mover->region_count; i++)
+        if (mover->view.pages[i].count != mover->region[i].pages)
+            mover_fatal("the session file does not fit the region %s", mover->region[i].name);
+    mover->figures = &mover->view.file->figures;
+    mf_layout_set(&mover->layout, mappings, mapping_count);
+    take_over(mover);
+    if (mover->role == MF_SOURCE && sweep_init(mover) < 0)
+        mover_fatal("out of memory for the sweep of %s", mover->name);
+    /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */
+    for (unsigned i = 0; i < mapping_count; i++)
+        mf_uffd_wake(mover->context_fd[mappings[i].context], mappings[i].start_addr,
+                     mappings[i].length_bytes);
+}

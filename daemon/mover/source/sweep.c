@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The sweep: the source's background pass over everything that the destination does not have.
+ *
+ * All regions are cut into chunks, in one row. Each bulk thread takes the next chunk that nobody took,
+ * beginning behind the last fault (the pivot): where the guest works now it will soon want more. Taking a
+ * chunk is one atomic exchange. Behind the last chunk every thread sends a BARRIER; once the destination has
+ * all of them it knows that what it still misses must be named again.
+ */
+#include "daemon/mover/mover.h"
+#include "daemon/mover/ring.h"
+#include "daemon/mover/source/sender.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "lib/util.h"
+
+#define CHUNK_BYTES (2u << 20)
+/* Faults are answered by other threads; on a machine without a core to spare they go first. */
+#define BULK_NICE 5
+
+static uint64_t chunk_pages(const struct region *region)
+{
+    return region->page_bytes >= CHUNK_BYTES ? 1 : CHUNK_BYTES / region->page_bytes;
+}
+
+int sweep_init(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    for (unsigned i = 0; i < mover->region_count; i++) {
+        const struct region *region = &mover->region[i];
+        sweep->chunk_base[i] = sweep->chunk_count;
+        sweep->chunk_count += (region->pages + chunk_pages(region) - 1) / chunk_pages(region);
+    }
+    sweep->chunk_base[mover->region_count] = sweep->chunk_count;
+    sweep->taken = calloc(sweep->chunk_count, 1);
+    pthread_mutex_init(&sweep->lock, NULL);
+    pthread_cond_init(&sweep->changed, NULL);
+    return sweep->taken ? 0 : -ENOMEM;
+}
+
+void sweep_forget_sent(struct mover *mover)
+{
+    for (unsigned i = 0; i < mover->region_count; i++)
+        mf_page_fill(&mover->view.pages[i], 0, mover->region[i].pages, MF_PAGE_SENT);
+    atomic_store(&mover->figures->missing_pages, 0);
+}
+
+int sweep_missing(struct mover *mover, uint32_t region, uint64_t first, uint64_t pages)
+{
+    if (region >= mover->region_count)
+        return -EPROTO;
+    const struct region *r = &mover->region[region];
+    if (pages == 0 || first >= r->pages || pages > r->pages - first)
+        return -EPROTO;
+    mf_page_fill(&mover->view.pages[region], first, pages, MF_PAGE_UNSENT);
+    atomic_fetch_add(&mover->figures->missing_pages, pages);
+    return 0;
+}
+
+void sweep_next_pass(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    for (uint64_t i = 0; i < sweep->chunk_count; i++)
+        atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
+    sweep->pass++;
+    if (mover->released)
+        sweep->released = true;
+    pthread_cond_broadcast(&sweep->changed);
+    pthread_mutex_unlock(&sweep->lock);
+}
+
+void sweep_release(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    sweep->released = true;
+    pthread_cond_broadcast(&sweep->changed);
+    pthread_mutex_unlock(&sweep->lock);
+}
+
+/* Wait for RELEASE and a pass after @done. Return: its number, 0 when the link ends. */
+static uint32_t wait_for_pass(struct mover *mover, uint32_t done)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    while (!atomic_load(&mover->link.stop) && (!sweep->released || sweep->pass == done))
+        pthread_cond_wait(&sweep->changed, &sweep->lock);
+    uint32_t pass = atomic_load(&mover->link.stop) ? 0 : sweep->pass;
+    pthread_mutex_unlock(&sweep->lock);
+    return pass;
+}
+
+/* The next chunk from @from on, around the end; taken by this call. */
+static bool take_chunk(struct sweep *sweep, uint64_t from, uint64_t *chunk)
+{
+    for (uint64_t i = 0; i < sweep->chunk_count; i++) {
+        uint64_t at = from + i < sweep->chunk_count ? from + i : from + i - sweep->chunk_count;
+        if (atomic_load_explicit(&sweep->taken[at], memory_order_relaxed))
+            continue;
+        if (!atomic_exchange_explicit(&sweep->taken[at], 1, memory_order_relaxed)) {
+            *chunk = at;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A fault's answer is on its way: give it the processor and the link, but never for long. */
+static void let_urgent_by(struct sweep *sweep)
+{
+    for (unsigned i = 0; i < 20 && atomic_load_explicit(&sweep->urgent_busy, memory_order_relaxed);
+         i++)
+        nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+}
+
+static int send_chunk(struct sender *sender, uint64_t chunk)
+{
+    struct mover *mover = sender->mover;
+    const struct sweep *sweep = &mover->sweep;
+    unsigned region = 0;
+    while (chunk >= sweep->chunk_base[region + 1])
+        region++;
+    const struct region *r = &mover->region[region];
+    uint64_t first = (chunk - sweep->chunk_base[region]) * chunk_pages(r);
+    uint64_t pages = chunk_pages(r);
+    if (pages > r->pages - first)
+        pages = r->pages - first;
+    /* On a later link little may be missing: only that is looked at. */
+    const struct mf_pages part = {.state = mover->view.pages[region].state,
+                                  .count = first + pages};
+    uint64_t at = first, run;
+    while ((run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0) {
+        int r2 = sender_pages(sender, region, at, run, false);
+        if (r2 < 0)
+            return r2;
+        at += run;
+    }
+    return 0;
+}
+
+static int one_pass(struct sender *sender, uint32_t pass)
+{
+    struct mover *mover = sender->mover;
+    struct sweep *sweep = &mover->sweep;
+    uint64_t pivot = UINT64_MAX, chunk = 0;
+    while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
+        uint64_t now = atomic_load_explicit(&sweep->pivot, memory_order_relaxed);
+        if (!take_chunk(sweep, now == pivot ? chunk : now, &chunk))
+            break;
+        pivot = now;
+        let_urgent_by(sweep);
+        int r = send_chunk(sender, chunk);
+        if (r < 0)
+            return r;
+    }
+    int r = sender_barrier(sender, pass);
+    return r < 0 ? r : sender_flush(sender);
+}
+
+void *source_bulk_main(void *argument)
+{
+    struct bulk_thread *bulk = argument;
+    struct mover *mover = bulk->mover;
+    struct io_uring ring;
+    prctl(PR_SET_NAME, "bulk-send");
+    setpriority(PRIO_PROCESS, 0, BULK_NICE);
+    int r = ring_open(&ring, 4);
+    struct sender *sender = malloc(sizeof(*sender));
+    if (r < 0 || !sender)
+        mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
+    sender_init(sender, mover, &ring, bulk->fd);
+    uint32_t pass = 0;
+    while (r == 0 && (pass = wait_for_pass(mover, pass)) != 0)
+        r = one_pass(sender, pass);
+    if (r < 0 && !atomic_load(&mover->link.stop))
+        link_fail(mover, "bulk connection %u to the destination broke: %s", bulk->stream,
+                  strerror(-r));
+    free(sender);
+    ring_close(&ring);
+    return NULL;
+}
