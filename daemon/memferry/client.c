@@ -86,6 +86,34 @@ int client_send(struct client *client, const Memferry__Control__Request *request
     return 0;
 }
 
+/* Some sentences come from the other host, and all may end on a terminal: what could steer that
+ * (C0 and C1 controls, the latter as UTF-8) is made harmless. */
+static void clean(char *text)
+{
+    for (unsigned char *at = (unsigned char *)text; *at; at++) {
+        bool c1 = at[0] == 0xc2 && at[1] >= 0x80 && at[1] <= 0x9f;
+        if (c1)
+            *at++ = '?';
+        if (c1 || *at < 0x20 || *at == 0x7f)
+            *at = '?';
+    }
+}
+
+static void clean_reply(const Memferry__Control__Reply *reply)
+{
+    clean(reply->error);
+    clean(reply->message);
+    for (size_t i = 0; i < reply->n_sessions; i++) {
+        const Memferry__Control__Session *session = reply->sessions[i];
+        clean(session->name);
+        clean(session->id);
+        clean(session->role);
+        clean(session->state);
+        clean(session->reason);
+        clean(session->peer);
+    }
+}
+
 /* Takes the first whole message out of the buffer. Return: 1, 0 (none yet), -EPROTO. */
 static int take_reply(struct client *client, Memferry__Control__Reply **reply, struct mf_error *err)
 {
@@ -96,6 +124,7 @@ static int take_reply(struct client *client, Memferry__Control__Reply **reply, s
     rc = mf_control_reply(client->buffer + MF_CONTROL_HEADER_BYTES, body_bytes, reply, err);
     if (rc < 0)
         return rc;
+    clean_reply(*reply);
     size_t frame_bytes = MF_CONTROL_HEADER_BYTES + body_bytes;
     client->have_bytes -= frame_bytes;
     memmove(client->buffer, client->buffer + frame_bytes, client->have_bytes);

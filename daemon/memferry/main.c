@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "daemon/memferry/args.h"
-#include "daemon/memferry/show.h"
 #include "daemon/memferry/verbs.h"
 
 static void print_help(void)
@@ -34,21 +33,12 @@ static void print_verb_help(const struct cli_verb *verb)
            verb->usage[0] ? " " : "", verb->usage, verb->help);
 }
 
-static int complain_usage(const struct cli_args *args, const char *sentence)
-{
-    if (args->json && args->verb->run == verb_migrate)
-        show_json(show_json_failure(args->name, "source", "failed", sentence));
-    else if (args->json)
-        show_json(json_pack("{s:o}", "reason", show_json_text(sentence)));
-    return verb_complain(CLI_USAGE, sentence);
-}
-
 static int run(int argc, char **argv)
 {
     struct cli_args args;
     struct mf_error err;
     if (cli_parse(argc, argv, cli_verbs, &args, &err) < 0)
-        return complain_usage(&args, err.text);
+        return verb_fail(&args, CLI_USAGE, err.text);
     if (args.help && args.verb)
         print_verb_help(args.verb);
     else if (args.help)

@@ -47,16 +47,13 @@ static int leave(struct migration *m, int code, const char *sentence)
 {
     const Memferry__Control__Session *session = latest_session(m);
     progress_clear(&m->progress);
+    if (!session)
+        return verb_fail(m->args, code, sentence ? sentence : "memferryd told of no session");
     if (m->args->json) {
-        if (session) {
-            Memferry__Control__Session copy = *session;
-            if (sentence && !copy.reason[0])
-                copy.reason = (char *)sentence;
-            show_json(show_json_session(&copy));
-        } else {
-            show_json(
-                show_json_failure(m->args->name, "source", "failed", sentence ? sentence : ""));
-        }
+        Memferry__Control__Session copy = *session;
+        if (sentence && !copy.reason[0])
+            copy.reason = (char *)sentence;
+        show_json(show_json_session(&copy));
     }
     return sentence ? verb_complain(code, sentence) : code;
 }

@@ -27,8 +27,8 @@ void rate_update(struct rate *rate, uint64_t value, uint64_t now_ns)
         return;
     double now = (double)(value - rate->value) / seconds;
     double weight = seconds / (seconds + smoothing_seconds);
-    rate->per_second =
-        rate->per_second > 0 ? rate->per_second + weight * (now - rate->per_second) : now;
+    rate->per_second = rate->known ? rate->per_second + weight * (now - rate->per_second) : now;
+    rate->known = true;
     rate->value = value;
     rate->at_ns = now_ns;
 }
@@ -50,16 +50,18 @@ static double share(const Memferry__Control__Session *session)
 static void figures(const struct progress *progress, const Memferry__Control__Session *session,
                     const char *separator, char *out, size_t out_bytes)
 {
-    char left[48] = "";
+    char left[48] = "", rate[48] = "";
+    if (progress->sent.known)
+        snprintf(rate, sizeof(rate), "%s%s/s", separator,
+                 show_bytes((uint64_t)progress->sent.per_second).text);
     if (progress->confirmed.per_second > 0 && session->ram_bytes > session->confirmed_bytes) {
         double seconds = (double)(session->ram_bytes - session->confirmed_bytes) /
                          progress->confirmed.per_second;
         if (seconds < 86400)
             snprintf(left, sizeof(left), "%s%s left", separator, show_us(seconds * 1e6).text);
     }
-    snprintf(out, out_bytes, "%s of %s%s%s/s%s%s faults%s",
-             show_bytes(session->confirmed_bytes).text, show_bytes(session->ram_bytes).text,
-             separator, show_bytes((uint64_t)progress->sent.per_second).text, separator,
+    snprintf(out, out_bytes, "%s of %s%s%s%s faults%s", show_bytes(session->confirmed_bytes).text,
+             show_bytes(session->ram_bytes).text, rate, separator,
              show_count(session->faults ? session->faults->count : 0).text, left);
 }
 

@@ -13,7 +13,8 @@
 /** A quantity and how fast it grows, smoothed over about two seconds. */
 struct rate {
     uint64_t value, at_ns;
-    double per_second; /**< 0 while unknown */
+    double per_second;
+    bool known; /**< per_second was measured */
 };
 
 struct progress {

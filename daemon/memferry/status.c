@@ -4,15 +4,6 @@
 #include "daemon/memferry/client.h"
 #include "daemon/memferry/show.h"
 
-static int fail(const struct cli_args *args, int code, const char *sentence)
-{
-    if (args->json && !args->name)
-        show_json(json_pack("{s:[], s:o}", "sessions", "reason", show_json_text(sentence)));
-    else if (args->json)
-        show_json(show_json_failure(args->name, NULL, NULL, sentence));
-    return verb_complain(code, sentence);
-}
-
 static int show_all_json(const Memferry__Control__Reply *reply)
 {
     json_t *array = json_array();
@@ -34,7 +25,7 @@ static int show(const struct cli_args *args, const Memferry__Control__Reply *rep
         return CLI_DONE;
     }
     if (reply->n_sessions != 1)
-        return fail(
+        return verb_fail(
             args, CLI_UNREACHABLE,
             "memferryd answered without a session; memferry and memferryd must be of the same "
             "version");
@@ -56,9 +47,9 @@ int verb_status(const struct cli_args *args)
     Memferry__Control__Reply *reply = NULL;
     struct mf_error err;
     if (client_ask(args->runtime_dir, &request, CLIENT_PATIENCE_MS, &reply, &err) < 0)
-        return fail(args, CLI_UNREACHABLE, err.text);
+        return verb_fail(args, CLI_UNREACHABLE, err.text);
     int code =
-        reply->error[0] ? fail(args, verb_reply_code(reply), reply->error) : show(args, reply);
+        reply->error[0] ? verb_fail(args, verb_reply_code(reply), reply->error) : show(args, reply);
     memferry__control__reply__free_unpacked(reply, NULL);
     return code;
 }

@@ -4,6 +4,7 @@
 #include <stdio.h>
 
 #include "daemon/memferry/client.h"
+#include "daemon/memferry/show.h"
 
 const struct cli_verb cli_verbs[] = {
     {
@@ -103,6 +104,20 @@ int verb_complain(int code, const char *sentence)
 {
     fprintf(stderr, "memferry: %s\n", sentence);
     return code;
+}
+
+int verb_fail(const struct cli_args *args, int code, const char *sentence)
+{
+    if (args->json && args->verb->run == verb_migrate)
+        show_json(show_json_failure(args->name, "source", "failed", sentence));
+    else if (args->json && args->name)
+        show_json(show_json_failure(args->name, NULL, NULL, sentence));
+    else if (args->json && args->verb->run == verb_status)
+        show_json(json_pack("{s:[], s:o}", "sessions", "reason", show_json_text(sentence)));
+    else if (args->json)
+        show_json(
+            json_pack("{s:n, s:{}, s:o}", "able", "checks", "reason", show_json_text(sentence)));
+    return verb_complain(code, sentence);
 }
 
 int verb_reply_code(const Memferry__Control__Reply *reply)

@@ -20,6 +20,10 @@ int verb_forget(const struct cli_args *args);
 /** verb_complain() - "memferry: SENTENCE" on stderr. Return: @code, so that verbs `return` it. */
 int verb_complain(int code, const char *sentence);
 
+/** verb_fail() - a failure without a session to tell about: verb_complain(), and with --json the
+ * object that memferry(1) promises for the verb. Return: @code. */
+int verb_fail(const struct cli_args *args, int code, const char *sentence);
+
 /** verb_simple() - send a request that is answered once, and say what came of it: the reply's
  * message, else @success, else nothing. @timeout_ms as client_ask(). Return: an enum cli_exit. */
 int verb_simple(const struct cli_args *args, const Memferry__Control__Request *request,

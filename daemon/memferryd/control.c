@@ -27,7 +27,7 @@
 #include "lib/log.h"
 #include "lib/util.h"
 
-/** Clients at a time: each may hold MF_CONTROL_MESSAGE_MAX_BYTES of memory. */
+/** Clients at a time: each may hold MF_CONTROL_MESSAGE_MAX_BYTES of memory. More wait in line. */
 #define CLIENTS_MAX 64u
 /** What a client that does not read may leave unread before it misses updates. */
 #define BACKLOG_MAX_BYTES ((size_t)256 * 1024)
@@ -80,6 +80,7 @@ static void client_free(struct client *client)
     bufferevent_free(client->bev);
     LIST_REMOVE(client, link);
     client->control->clients--;
+    evconnlistener_enable(client->control->listener);
     free(client);
 }
 
@@ -451,11 +452,7 @@ static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struc
     struct event_base *base = evconnlistener_get_base(listener);
     struct client *client = NULL;
     struct bufferevent *bev = NULL;
-    bool room = control->clients < CLIENTS_MAX;
-    if (!room)
-        mf_log(MF_LOG_WARNING, "refused a connection to the control socket: %u are open",
-               control->clients);
-    if (room && peer_allowed(fd)) {
+    if (peer_allowed(fd)) {
         client = calloc(1, sizeof(*client));
         bev = bufferevent_socket_new(base, fd, BEV_OPT_CLOSE_ON_FREE);
     }
@@ -470,7 +467,8 @@ static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struc
     client->control = control;
     client->bev = bev;
     LIST_INSERT_HEAD(&control->list, client, link);
-    control->clients++;
+    if (++control->clients >= CLIENTS_MAX)
+        evconnlistener_disable(listener);
     bufferevent_setcb(bev, on_read, NULL, on_gone, client);
     bufferevent_setwatermark(bev, EV_READ, 0,
                              MF_CONTROL_HEADER_BYTES + MF_CONTROL_MESSAGE_MAX_BYTES + 1);

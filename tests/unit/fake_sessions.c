@@ -54,7 +54,7 @@ static const struct script {
      {CONNECTING, PRECOPY, SWITCHOVER, POSTCOPY, FAILED},
      5,
      "vm: the destination forgot it"},
-    {"stay-recovering", {CONNECTING, PRECOPY, SWITCHOVER, RECOVERING}, 4, "mover \xff died"},
+    {"stay-recovering", {CONNECTING, PRECOPY, SWITCHOVER, RECOVERING}, 4, "mover \xff\x1b[2J\xc2\x9b died"},
 };
 
 struct session {

@@ -82,8 +82,8 @@ class Case(unittest.TestCase):
     def raw(self):
         peer = socket.socket(socket.AF_UNIX)
         self.addCleanup(peer.close)
-        peer.settimeout(LIMIT_S)
         peer.connect(os.path.join(self.runtime, "control.sock"))
+        peer.settimeout(LIMIT_S)
         return peer
 
     def drain(self, peer):
@@ -191,7 +191,7 @@ class Verbs(Case):
     def test_reason_that_is_not_utf8(self):
         self.run_cli(*self.migrate("stay-recovering", "--detach"))
         self.wait_state("vm", "recovering")
-        self.assertEqual(self.json("status", "vm")["reason"], "mover ? died")
+        self.assertEqual(self.json("status", "vm")["reason"], "mover ??[2J?? died")
 
     def test_cancel_and_forget(self):
         self.run_cli(*self.migrate("stay-precopy", "--detach"))
@@ -363,6 +363,11 @@ class Usage(Case):
         self.assertEqual((value["name"], value["state"]), ("vm", "failed"))
         self.assertIn("--to", value["reason"])
 
+        value = self.json("status", "vm", "vm2", code=2)
+        self.assert_session(value)
+        self.assertIsNone(value["state"])
+        self.assertEqual(list(self.json("check", "vm", code=2)), ["able", "checks", "reason"])
+
     def test_help(self):
         text = self.run_cli("--help").stdout
         for verb in ("receive", "migrate", "status", "cancel", "check", "forget"):
@@ -485,10 +490,13 @@ class Clients(Case):
 
     def test_crowd(self):
         peers = []
-        for _ in range(70):
+        for _ in range(100):
             peers.append(self.raw())
-        for peer in peers:
+        # Those who wait in line are served once others have left.
+        peers[-1].sendall(self.frame(b"\x1a\x00"))
+        for peer in peers[:-1]:
             peer.close()
+        self.assertEqual(self.drain(peers[-1])[4:], b"\x08\x01")
 
     def test_leaves_while_waiting(self):
         peer = self.raw()
