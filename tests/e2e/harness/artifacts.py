@@ -19,11 +19,11 @@ SOURCE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(
 
 
 def build_root():
-    """The meson build directory: $MEMFERRY_BUILD (set by meson test), else build/ in the source tree."""
-    root = os.environ.get("MEMFERRY_BUILD", os.path.join(SOURCE_ROOT, "build"))
+    """The meson build directory: $MEMFERRY_BUILD (set by meson test), else build/gcc, tests/run's own."""
+    root = os.environ.get("MEMFERRY_BUILD", os.path.join(SOURCE_ROOT, "build", "gcc"))
     if not os.path.isdir(root):
-        raise HarnessError(f"there is no build directory {root}: run `meson setup build && ninja -C build`, "
-                           "or name another in MEMFERRY_BUILD")
+        raise HarnessError(f"there is no build directory {root}: run `meson setup build/gcc && "
+                           "ninja -C build/gcc`, or name another in MEMFERRY_BUILD")
     return root
 
 

@@ -59,8 +59,9 @@ class Vm:
     name:      of the VM; the files of the same VM on two hosts differ by the host's name.
     guest:     "linux" (TCG) or "bare" (KVM or TCG).
     ram_mib:   of each backend.
-    backends:  kind of each: "tmpfs", "tmpfs-private", "memfd", or the path of a directory (hugetlbfs);
-               none: QEMU's own default.
+    backends:  kind of each: "tmpfs", "tmpfs-private", "memfd", "ram" (anonymous), or the path of a
+               directory (hugetlbfs);
+               None given: QEMU's own default.
     ram_id:    the backends are called ram0, ram1...
     incoming:  wait for a migration instead of booting, and then for `cont` unless autostart.
     """
@@ -112,8 +113,9 @@ class Vm:
         for index, kind in enumerate(backends):
             ident = f"{self.ram_id}{index}"
             size = f"size={self.ram_mib}M"
-            if kind == "memfd":
-                arguments += ["-object", f"memory-backend-memfd,id={ident},share=on,{size}"]
+            if kind in ("memfd", "ram"):
+                share = "on" if kind == "memfd" else "off"
+                arguments += ["-object", f"memory-backend-{kind},id={ident},share={share},{size}"]
                 continue
             directory = kind if kind.startswith("/") else self.sandbox.ram
             path = os.path.join(directory, f"{host.side}-{self.name}-{ident}")
