@@ -8,9 +8,9 @@
  * A helper process. While a thread has borrowed registers its tracer must not die: the kernel would
  * let the thread go on with them. memferryd may be killed at any moment, so the tracing is done by
  * a child in a session of its own, with all signals blocked, that ends when it is done. Its end is
- * also what lets go of threads that were asked to stop and have not: the kernel takes the request back. If
- * memferryd is gone, or has given up waiting, by the time the helper has its descriptor, the helper
- * closes it again in the target.
+ * also what lets go of threads that were asked to stop and have not: the kernel takes the request
+ * back. If memferryd is gone, or has given up waiting, by the time the helper has its descriptor,
+ * the helper closes it again in the target.
  *
  * Which thread. Best is one that waits in a system call that the kernel restarts without a trace
  * (poll, futex, nanosleep, read, …); then any other wait; then a running thread; last a KVM vCPU,
@@ -44,6 +44,7 @@
 #define HELPER_LIMIT_MS 10000     /**< memferryd gives up; the helper still puts things right */
 #define THREADS_MAX 512           /**< looked at; a VMM has one a vCPU and a few more */
 #define SEIZED_MAX 16             /**< asked to stop at the same time */
+#define DYING_MS 50 /**< a process that does not answer as it should may be about to end */
 #define KVM_RUN_REQUEST UINT64_C(0xae80) /**< ioctl request of a vCPU thread: linux/kvm.h */
 
 /* -------------------------------------------------------------------------------- which thread */
@@ -155,9 +156,12 @@ struct call {
     uint64_t args[3];
 };
 
-static bool alive(int pidfd)
+/** has_ended() - has the process exited, or does it within @wait_ms? A killed process loses its
+ * descriptors and threads a little before that shows. */
+static bool has_ended(int pidfd, int wait_ms)
 {
-    return syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) == 0;
+    struct pollfd ended = {.fd = pidfd, .events = POLLIN};
+    return poll(&ended, 1, wait_ms) > 0;
 }
 
 /** run_in() - the thread stands still: run the call there. */
@@ -208,7 +212,7 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
     mf_target_comm(call->pid, name, sizeof(name));
     do {
         size_t count = list_threads(call->pid, threads);
-        if (count == 0 || !alive(call->pidfd))
+        if (count == 0 || has_ended(call->pidfd, 0))
             return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, call->pid);
         refusal = 0;
         for (size_t i = 0; i <= count; i++) {
@@ -360,7 +364,7 @@ int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err)
     char name[64];
     mf_target_comm(pid, name, sizeof(name));
     if (remote_fd < 0 || !is_userfaultfd(pid, remote_fd)) {
-        if (!alive(pidfd))
+        if (has_ended(pidfd, DYING_MS))
             return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, pid);
         return mf_fail(err, EBADF, "descriptor %d of %s (pid %d) is not a userfaultfd", remote_fd,
                        name, pid);
@@ -368,6 +372,8 @@ int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err)
     int fd = (int)syscall(SYS_pidfd_getfd, pidfd, remote_fd, 0);
     if (fd < 0) {
         int code = errno;
+        if (code == EBADF && has_ended(pidfd, DYING_MS))
+            code = ESRCH;
         const char *remedy =
             code == EPERM || code == EACCES
                 ? ": memferryd needs CAP_SYS_PTRACE, and security modules must allow it"
@@ -422,7 +428,7 @@ int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error 
 {
     char name[64];
     mf_target_comm(pid, name, sizeof(name));
-    if (!alive(pidfd))
+    if (has_ended(pidfd, 0))
         return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, pid);
 
     struct call call = {.pid = pid,
@@ -455,8 +461,7 @@ int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err)
                               : mf_fail(err, errno, "cannot refer to %s (pid %d): %s", name, pid,
                                         strerror(errno));
     if (remote_fd < 0 || !is_userfaultfd(pid, remote_fd)) {
-        struct pollfd ended = {.fd = pidfd, .events = POLLIN};
-        if (poll(&ended, 1, 0) > 0)
+        if (has_ended(pidfd, DYING_MS))
             return 0;
         return mf_fail(err, EBADF, "descriptor %d of %s (pid %d) is not a userfaultfd: left alone",
                        remote_fd, name, pid);

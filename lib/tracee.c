@@ -100,17 +100,33 @@ static enum stop await_stop(pid_t tid, int *signal, uint64_t limit_ns)
     }
 }
 
-/** status_number() - the number after @key in a thread's status file, or -1. */
-static long status_number(pid_t pid, pid_t tid, const char *key)
+/** status_value() - what follows @key in a thread's status file. Return: false if there is none. */
+static bool status_value(pid_t pid, pid_t tid, const char *key, char *value, size_t size)
 {
     char path[64], line[256];
     snprintf(path, sizeof(path), "/proc/%d/task/%d/status", pid, tid);
     cleanup_fclose FILE *f = fopen(path, "re");
     while (f && fgets(line, sizeof(line), f)) {
-        if (strncmp(line, key, strlen(key)) == 0)
-            return strtol(line + strlen(key), NULL, 10);
+        if (strncmp(line, key, strlen(key)) == 0) {
+            snprintf(value, size, "%s", line + strlen(key) + strspn(line + strlen(key), " \t"));
+            return true;
+        }
     }
-    return -1;
+    return false;
+}
+
+/** status_number() - the number after @key, or -1. */
+static long status_number(pid_t pid, pid_t tid, const char *key)
+{
+    char value[64];
+    return status_value(pid, tid, key, value, sizeof(value)) ? strtol(value, NULL, 10) : -1;
+}
+
+/** is_dead() - a thread that has ended refuses a tracer with EPERM, like one that is forbidden. */
+static bool is_dead(pid_t pid, pid_t tid)
+{
+    char state[64];
+    return !status_value(pid, tid, "State:", state, sizeof(state)) || strchr("ZXx", state[0]);
 }
 
 int mf_tracee_seize(pid_t pid, pid_t tid, struct mf_error *err)
@@ -119,8 +135,8 @@ int mf_tracee_seize(pid_t pid, pid_t tid, struct mf_error *err)
         int code = errno;
         char name[64], other_name[64];
         mf_target_comm(pid, name, sizeof(name));
-        if (code == ESRCH)
-            return mf_fail(err, code, "%s (pid %d) is gone", name, pid);
+        if (code == ESRCH || is_dead(pid, tid))
+            return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, pid);
         long tracer = status_number(pid, tid, "TracerPid:");
         if (tracer > 0) {
             mf_target_comm((pid_t)tracer, other_name, sizeof(other_name));
