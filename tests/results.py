@@ -8,7 +8,7 @@ VERDICTS = {"OK": "PASS", "EXPECTEDFAIL": "PASS", "SKIP": "SKIP"}
 
 
 def main():
-    build, log, results = sys.argv[1:]
+    build, log, results = sys.argv[1:4]
     with open(log, encoding="utf-8") as tests, open(results, "a", encoding="ascii") as out:
         for test in map(json.loads, tests):
             verdict = VERDICTS.get(test["result"], "FAIL")

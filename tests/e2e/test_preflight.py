@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Refusals before anything is touched, each with the cause and the remedy, and the promises of the command line."""
+"""Refusals before anything is touched, each with the cause and the remedy; the command line's promises."""
 import json
 import os
 import re
@@ -250,7 +250,7 @@ def command_line_check(sandbox):
 
 @e2e()
 def daemon_stops_and_starts(sandbox):
-    """SIGTERM is a clean stop, a second memferryd on the same directory is refused, a stale socket is no hindrance."""
+    """SIGTERM is a clean stop, a second memferryd is refused, a stale socket is no hindrance."""
     network = Network(sandbox)
     host = Host(sandbox, network, "a")
     second = Host(sandbox, network, "a", start=False)

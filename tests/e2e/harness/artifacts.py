@@ -54,6 +54,9 @@ def cache_directory():
 class _CacheLock:
     """One run fetches, the others wait for it."""
 
+    def __init__(self):
+        self.file = None
+
     def __enter__(self):
         self.file = open(os.path.join(cache_directory(), "lock"), "w", encoding="ascii")
         fcntl.flock(self.file, fcntl.LOCK_EX)

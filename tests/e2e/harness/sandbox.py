@@ -14,7 +14,6 @@ import time
 
 PREFIX = "mfe2e"
 SHM = "/dev/shm"
-PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -162,12 +161,9 @@ class Sandbox:
 
     def spawn(self, command, log, **options):
         """Start a long-running process that dies with us; its output goes to the file `log`."""
-        def die_with_parent():
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
+        command = ["setpriv", "--pdeathsig", "KILL", *map(str, command)]
         with open(log, "ab") as output:
-            process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL,
-                                       stdout=output, stderr=output, preexec_fn=die_with_parent,
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                        **options)
         self.processes.append(process)
         return process

@@ -26,7 +26,13 @@ class _Interrupted(BaseException):
     """A signal asks for the end; not an Exception, so that no test swallows it."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
+
+
 def _raise_interrupted(number, _frame):
+    # Once: what follows is the clean-up.
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise _Interrupted(signal.Signals(number).name)
 
 
@@ -51,7 +57,7 @@ def _keep_logs(sandbox, name):
 def run_one(name):
     """Run a test by name. Return: the exit code for meson (0 passed, 1 failed, 77 skipped)."""
     function = tests[name]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+    for number in SIGNALS:
         signal.signal(number, _raise_interrupted)
     signal.alarm(function.limit_s)
     try:
