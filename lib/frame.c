@@ -92,7 +92,7 @@ int mf_preamble_decode(const uint8_t in[MF_PREAMBLE_BYTES], struct mf_preamble *
         return 0;
     memcpy(out->session_id, in + P_ID, MF_SESSION_ID_BYTES);
     uint16_t kind = get16(in + P_KIND);
-    if (kind < MF_CONNECTION_CONTROL || kind > MF_CONNECTION_BULK)
+    if (kind < MF_CONNECTION_CONTROL || kind > MF_CONNECTION_ABANDON)
         return wrong(why, "the preamble names an unknown kind of connection");
     out->kind = (enum mf_connection_kind)kind;
     out->stream = get16(in + P_STREAM);

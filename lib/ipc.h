@@ -77,7 +77,8 @@ struct mf_ipc {
         struct {
             uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;
         } drained;
-        bool cancelled; /**< SEND_ABORT, PEER_ABORT */
+        bool cancelled;       /**< SEND_ABORT, PEER_ABORT */
+        uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
     char text[512];
 };

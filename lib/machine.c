@@ -176,11 +176,11 @@ static const struct row rows[] = {
 
     {MF_D_RECOVERING, MF_EV_LINK_UP, MF_ACT_SEND_RUNNING, MF_D_POSTCOPY},
     {MF_D_RECOVERING, MF_EV_LINK_LOST, MF_ACT_NONE, MF_D_RECOVERING},
-    {MF_D_RECOVERING, MF_EV_CONFIRMED_ALL, MF_ACT_DISARM, MF_D_DRAINED},
+    {MF_D_RECOVERING, MF_EV_CONFIRMED_ALL, MF_ACT_END, MF_DONE},
     GUEST_IS_HERE(MF_D_RECOVERING),
 
     /* Everything is here. Without a link the session is over for this host: a source that comes back is
-     * told so by the answer to its preamble. */
+     * told so by the answer to its preamble, and only then lets its VM go (I5). */
     {MF_D_DRAINED, MF_EV_PEER_DRAINED_ACK, MF_ACT_END, MF_DONE},
     {MF_D_DRAINED, MF_EV_LINK_LOST, MF_ACT_END, MF_DONE},
     {MF_D_DRAINED, MF_EV_PEER_RELEASE, MF_ACT_NONE, MF_D_DRAINED},

@@ -85,8 +85,7 @@ enum mf_action {
     MF_ACT_SEND_LOADED,
     MF_ACT_START_GUEST,  /**< destination: resume */
     MF_ACT_SEND_RUNNING,
-    MF_ACT_SEND_DRAINED, /**< destination: let go of the target's memory, tell the source */
-    MF_ACT_DISARM,       /**< destination: let go of the target's memory; no link to tell */
+    MF_ACT_SEND_DRAINED,
     MF_ACT_END,          /**< give everything back; the session has ended */
     MF_ACT_END_TELL,     /**< tell the peer, then END */
 };

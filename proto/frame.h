@@ -27,6 +27,7 @@ enum mf_connection_kind {
     MF_CONNECTION_DEVICE = 2,
     MF_CONNECTION_URGENT = 3,
     MF_CONNECTION_BULK = 4,
+    MF_CONNECTION_ABANDON = 5, /**< nothing follows: the source gave up before RELEASE, its guest runs there */
 };
 
 /** struct mf_preamble - the first bytes of a connection, source → destination. */
@@ -46,7 +47,8 @@ enum mf_preamble_status {
     MF_PREAMBLE_UNKNOWN_NAME = 2, /**< nothing waits under this name */
     MF_PREAMBLE_TAKEN = 3,        /**< another session's id holds this name */
     MF_PREAMBLE_BUSY = 4,         /**< not now: the session can't take a connection in its state */
-    MF_PREAMBLE_ENDED = 5,        /**< the session has ended here */
+    MF_PREAMBLE_ENDED = 5,        /**< the session has failed or was cancelled here */
+    MF_PREAMBLE_DRAINED = 6,      /**< the session is done here: every page arrived, the guest runs here */
 };
 
 /** struct mf_preamble_reply - the answer, destination → source. */

@@ -90,7 +90,7 @@ void control_send(struct mover *mover, const Memferry__Peer__Message *message)
     control_writable(mover);
 }
 
-void control_send_phase(struct mover *mover, uint32_t phase)
+void control_send_phase(struct mover *mover, uint32_t phase, uint64_t blackout_us)
 {
     Memferry__Peer__PhaseChange change = MEMFERRY__PEER__PHASE_CHANGE__INIT;
     Memferry__Peer__Message message = MEMFERRY__PEER__MESSAGE__INIT;
@@ -112,6 +112,7 @@ void control_send_phase(struct mover *mover, uint32_t phase)
         return;
     }
     change.phase = (Memferry__Peer__Phase)phase;
+    change.blackout_us = blackout_us;
     message.body_case = MEMFERRY__PEER__MESSAGE__BODY_PHASE;
     message.phase = &change;
     control_send(mover, &message);
@@ -383,6 +384,7 @@ static void on_message(struct mover *mover, const Memferry__Peer__Message *messa
     case MEMFERRY__PEER__MESSAGE__BODY_PHASE:
         tell.type = MF_IPC_PEER_PHASE;
         tell.phase = (uint32_t)message->phase->phase;
+        tell.blackout_us = message->phase->blackout_us;
         mover_tell(mover, &tell);
         break;
     case MEMFERRY__PEER__MESSAGE__BODY_DRAINED:

@@ -74,7 +74,7 @@ static void take_order(struct mover *mover)
     case MF_IPC_SEND:
         if (message.phase == MEMFERRY__PEER__PHASE__PHASE_RELEASE)
             mover->released = true;
-        control_send_phase(mover, message.phase);
+        control_send_phase(mover, message.phase, message.blackout_us);
         if (message.phase == MEMFERRY__PEER__PHASE__PHASE_RELEASE)
             sweep_release(mover);
         break;

@@ -169,7 +169,7 @@ void control_send(struct mover *mover, const Memferry__Peer__Message *message);
 void control_send_hello(struct mover *mover);
 /** control_proceed() - destination: memferryd's answer to PEER_HELLO, "" or a refusal. */
 void control_proceed(struct mover *mover, const char *refusal);
-void control_send_phase(struct mover *mover, uint32_t phase);
+void control_send_phase(struct mover *mover, uint32_t phase, uint64_t blackout_us);
 void control_send_abort(struct mover *mover, const char *reason, bool cancelled);
 /** control_send_missing() - destination: the list of pages that are not here. */
 void control_send_missing(struct mover *mover);

@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A session's inside, for the files that make it work:
+ *   session.c       the list of sessions, what the control socket asks, what users see
+ *   step.c          the state machine's events in, its actions out
+ *   target.c        the target process: discovery, arming, letting go
+ *   supervisor.c    the mover process and its messages
+ *   connector.c     source: connections to the peer
+ *   listener.c      destination: connections from the peer
+ */
+#pragma once
+
+#include <event2/dns.h>
+#include <event2/event.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "daemon/memferryd/daemon.h"
+#include "daemon/memferryd/vmm.h"
+#include "lib/ipc.h"
+#include "lib/machine.h"
+#include "lib/session_file.h"
+#include "lib/target.h"
+
+struct mover_process;
+struct connector;
+struct listener;
+
+/** struct figures - a copy of what the session file says, kept after it is gone. */
+struct figures {
+    uint64_t wire_bytes, data_pages, zero_pages, hole_pages, missing_pages, faults_asked;
+    struct mf_quantiles faults;
+};
+
+/** struct waiting - one who waits for a session to start or to be cancelled. */
+struct waiting {
+    struct waiting *next;
+    struct session_waiter waiter;
+};
+
+struct session {
+    struct session *next;
+    struct daemon *daemon;
+
+    char name[MF_NAME_MAX + 1];
+    uint8_t id[MF_SESSION_ID_BYTES];
+    char id_text[2 * MF_SESSION_ID_BYTES + 1];
+    enum mf_role role;
+    enum mf_state state;
+    bool starting;  /**< probing and arming: not yet in `state`, shown as waiting or connecting */
+    bool released;  /**< RELEASE was given or taken; stays true when the session has ended */
+    bool rejected;  /**< being taken down before it began: nobody sees it any more */
+    char reason[768];
+    char peer[300]; /**< "HOST:PORT" */
+    char host[256];
+    uint16_t port;
+    unsigned streams;
+    bool keep_source;
+    bool guest_was_running; /**< before the migration: then it shall run after it */
+
+    /* The VMM and the target process. */
+    struct vmm *vmm;
+    pid_t pid;
+    int pidfd;
+    struct event *pidfd_event;
+    bool target_exited;
+    struct mf_region_source region[MF_REGIONS_MAX];
+    unsigned region_count;
+    uint64_t ram_bytes, total_pages;
+    int uffd;        /**< destination: our duplicate */
+    int remote_uffd; /**< its number inside the target (I2), -1: none */
+
+    /* The mover and the session file. */
+    int file_fd;
+    struct mf_session_view view;
+    struct figures figures;
+    struct mover_process *mover;
+    unsigned mover_restarts;
+    uint64_t mover_started_ns;
+    struct event *mover_timer;
+
+    /* The link. */
+    uint32_t link; /**< number of the present or last one */
+    bool link_open; /**< handed to the mover, not yet lost */
+    struct connector *connector;
+    struct event *reconnect_timer;
+    unsigned reconnect_tries;
+    bool confirmed_all; /**< destination: said by the mover, maybe before the guest runs */
+
+    /* Times, CLOCK_MONOTONIC; 0: not yet. */
+    uint64_t started_ns, ended_ns, stopped_ns;
+    uint64_t blackout_us;
+
+    struct waiting *start_waiters, *cancel_waiters;
+};
+
+/* ---- session.c ---- */
+
+/** session_changed() - tell watchers. */
+void session_changed(struct session *session);
+/** session_set_reason() - keep the sentence that explains the state. */
+void session_set_reason(struct session *session, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+/** session_started() - preflight and arming succeeded: whoever waits is told. */
+void session_started(struct session *session);
+/** session_reject() - preflight or arming failed with `reason`: whoever waits is told, the session goes. */
+void session_reject(struct session *session, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+/** session_tell_cancelled() - answer those who asked to cancel. NULL: it worked. */
+void session_tell_cancelled(struct session *session, const char *error);
+/** session_read_figures() - from the session file into `figures`. */
+void session_read_figures(struct session *session);
+struct session *session_by_id(struct daemon *daemon, const char *name);
+const struct vmm_ops *session_vmm_ops(const struct session *session);
+/** sessions_stop() - SIGTERM: cancel what can be cancelled. Return: how many sessions must go on. */
+unsigned sessions_stop(struct daemon *daemon);
+/** sessions_drop() - give up everything that is left (the daemon ends). */
+void sessions_drop(struct daemon *daemon);
+
+/* ---- step.c ---- */
+
+/** session_event() - feed the state machine and carry out what it says. */
+void session_event(struct session *session, enum mf_event event);
+/** session_on_vmm() - the adapter's callback. */
+void session_on_vmm(void *arg, enum vmm_event event, const char *detail);
+/** session_end() - give everything back; the session stays to be looked at. */
+void session_end(struct session *session);
+/** session_send() - have the mover send a phase change. */
+void session_send(struct session *session, uint32_t phase);
+
+/* ---- target.c ---- */
+
+/** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
+ *  Return: 0 or -errno with the sentence of the refusal. */
+int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
+/** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno. */
+int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
+                    struct mf_error *err);
+/** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a sentence. */
+int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);
+/** target_let_go() - close the userfaultfd inside the target and here, and the RAM files. */
+void target_let_go(struct session *session);
+
+/* ---- supervisor.c ---- */
+
+/** mover_start() - start a mover and hand it everything; session_on_mover_ready follows. */
+int mover_start(struct session *session, struct mf_error *err);
+/** mover_order() - send a message, with @fd or -1 (kept by the caller). */
+void mover_order(struct session *session, const struct mf_ipc *message, int fd);
+/** mover_stop() - close its socket; it leaves by itself and is reaped. */
+void mover_stop(struct session *session);
+bool mover_is_ready(const struct session *session);
+
+/* What the supervisor calls, in step.c. */
+void session_on_mover_ready(struct session *session);
+void session_on_mover_message(struct session *session, const struct mf_ipc *message);
+void session_on_mover_exit(struct session *session, const char *how);
+
+/* ---- connector.c ---- */
+
+/** connector_start() - make a new link to the peer; LINK and its connections go to the mover, or
+ *  MF_EV_LINK_LOST comes. */
+void connector_start(struct session *session);
+void connector_stop(struct session *session);
+/** connector_abandon() - tell a destination that can't be reached by the link (any more) that the source
+ *  gave up before RELEASE; tried for half a minute, whatever becomes of the session. */
+void connector_abandon(struct session *session);
+void connectors_drop(struct daemon *daemon);
+
+/* ---- listener.c ---- */
+
+int listener_open(struct daemon *daemon, struct listener **out, struct mf_error *err);
+void listener_close(struct listener *listener);
+
+/* ---- main.c ---- */
+
+struct session **daemon_sessions(struct daemon *daemon);
+struct evdns_base *daemon_dns(struct daemon *daemon);
