@@ -93,7 +93,13 @@ static void draw_bar(struct progress *progress, const Memferry__Control__Session
     }
     snprintf(line, sizeof(line), "%s  %-10s  %s%3d %%  %s", session->name, session->state, bar,
              (int)(share(session) * 100), text);
-    fprintf(stderr, "\r%.*s\033[K", columns - 1, line);
+    size_t cut = columns > 1 ? (size_t)columns - 1 : 0;
+    if (cut < strlen(line)) {
+        while (cut && (line[cut] & 0xc0) == 0x80) /* not within a character of UTF-8 */
+            cut--;
+        line[cut] = '\0';
+    }
+    fprintf(stderr, "\r%s\033[K", line);
     fflush(stderr);
     progress->drawn = true;
 }

@@ -69,7 +69,9 @@ json_t *show_json_failure(const char *name, const char *role, const char *state,
 
 int show_json(json_t *object)
 {
-    cleanup_free char *text = object ? json_dumps(object, JSON_INDENT(2)) : NULL;
+    /* Twelve digits are more than was measured, and keep 0.1 from becoming 0.10000000000000001. */
+    cleanup_free char *text =
+        object ? json_dumps(object, JSON_INDENT(2) | JSON_REAL_PRECISION(12)) : NULL;
     json_decref(object);
     if (!text) {
         fputs("memferry: out of memory to print JSON\n", stderr);

@@ -42,7 +42,7 @@ struct text show_us(double us)
 
 struct text show_count(uint64_t count)
 {
-    struct text out;
+    struct text out = {""};
     char digits[24];
     int length = snprintf(digits, sizeof(digits), "%llu", (unsigned long long)count);
     char *at = out.text;

@@ -61,7 +61,7 @@ struct control {
     int lock_fd; /**< the runtime directory, locked for as long as this daemon serves it */
     char path[sizeof(((struct sockaddr_un *)NULL)->sun_path)];
     unsigned clients;
-    LIST_HEAD(, client) list;
+    LIST_HEAD(client_list, client) list;
 };
 
 /** A reply and room for what it points to. */

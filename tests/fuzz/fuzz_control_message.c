@@ -35,7 +35,9 @@ static void try_request(const uint8_t *body, size_t body_bytes)
     }
     cleanup_free uint8_t *frame = NULL;
     size_t frame_bytes = 0, again_bytes = 0;
-    if (mf_control_frame(&request->base, &frame, &frame_bytes, NULL) == 0) {
+    /* Every verb of the union begins with its ProtobufCMessage. */
+    bool known = !request->base.n_unknown_fields && !request->migrate->base.n_unknown_fields;
+    if (known && mf_control_frame(&request->base, &frame, &frame_bytes, NULL) == 0) {
         require(mf_control_body(frame, frame_bytes, &again_bytes, NULL) == 1);
         require(mf_control_request(frame + MF_CONTROL_HEADER_BYTES, again_bytes, &again, NULL) ==
                 0);

@@ -54,7 +54,10 @@ static const struct script {
      {CONNECTING, PRECOPY, SWITCHOVER, POSTCOPY, FAILED},
      5,
      "vm: the destination forgot it"},
-    {"stay-recovering", {CONNECTING, PRECOPY, SWITCHOVER, RECOVERING}, 4, "mover \xff\x1b[2J\xc2\x9b died"},
+    {"stay-recovering",
+     {CONNECTING, PRECOPY, SWITCHOVER, RECOVERING},
+     4,
+     "mover \xff\x1b[2J\xc2\x9b died"},
 };
 
 struct session {
@@ -86,8 +89,8 @@ struct daemon {
     struct event_base *base;
     struct config config;
     struct control *control;
-    TAILQ_HEAD(, session) sessions;
-    TAILQ_HEAD(, answer) answers;
+    TAILQ_HEAD(session_list, session) sessions;
+    TAILQ_HEAD(answer_list, answer) answers;
 };
 
 struct event_base *daemon_base(struct daemon *daemon)
