@@ -2,7 +2,7 @@
 /*
  * Drives two real QEMUs with the QEMU adapter alone: no mover, no network. The device stream goes
  * over a socketpair whose ends the two QEMUs get; guest RAM is copied file to file while the source
- * waits in pre-switchover. The guest is a boot sector that counts in memory, so that "runs" and
+ * waits in pre-switchover. The guest is a tiny firmware that counts in memory, so that "runs" and
  * "stands still" can be read from the RAM files.
  *
  * Usage: adapter_drive [--qemu PROGRAM] [--accel NAME] [--ram-mib N] [--verbose] [CASE…]
@@ -33,6 +33,7 @@
 #include "lib/util.h"
 
 #define COUNTER_ADDR 0x8000u
+#define IMAGE_BYTES 65536u
 #define CASE_TIMEOUT_S 90
 
 /* One QEMU and what the adapter told about it. */
@@ -102,20 +103,31 @@ static bool stands_still(const struct host *host)
     return counter(host) == before;
 }
 
-static bool write_boot_image(const char *path)
+static bool write_image(const char *path, const unsigned char image[IMAGE_BYTES])
 {
-    /* Counts in guest RAM and scribbles on the screen, so that QEMU's own part (video memory) is
-     * dirty all the time as well: xor ax,ax; mov ds,ax; mov ax,0xb800; mov es,ax; xor di,di again:
-     * inc dword [0x8000]; inc word [es:di]; add di,2; and di,0xffe; jmp again */
-    static const unsigned char code[] = {0x31, 0xc0, 0x8e, 0xd8, 0xb8, 0x00, 0xb8, 0x8e, 0xc0, 0x31,
-                                         0xff, 0x66, 0xff, 0x06, 0x00, 0x80, 0x26, 0xff, 0x05, 0x83,
-                                         0xc7, 0x02, 0x81, 0xe7, 0xfe, 0x0f, 0xeb, 0xef};
-    unsigned char image[65536] = {0};
-    memcpy(image, code, sizeof(code));
-    image[510] = 0x55;
-    image[511] = 0xaa;
     cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    return fd >= 0 && mf_write_all(fd, image, sizeof(image)) == 0;
+    return fd >= 0 && mf_write_all(fd, image, IMAGE_BYTES) == 0;
+}
+
+/* The guest is a firmware of its own (nested KVM does not run every BIOS), and has a disk, whose
+ * lock both QEMUs want. It counts in RAM and scribbles on the screen, so that QEMU's own part
+ * (video memory) is dirty all the time as well: xor ax,ax; mov ds,ax; mov ax,0xa000; mov es,ax; xor
+ * di,di mov dx,0x3c4; mov ax,0x0f02; out dx,ax                 (VGA: write to all planes) again:
+ * inc dword [0x8000]; inc word [es:di]; add di,2; and di,0xffe; jmp again and at the reset vector:
+ * jmp 0xf000:0 */
+static bool write_images(const char *firmware_path, const char *disk_path)
+{
+    static const unsigned char code[] = {0x31, 0xc0, 0x8e, 0xd8, 0xb8, 0x00, 0xa0, 0x8e, 0xc0,
+                                         0x31, 0xff, 0xba, 0xc4, 0x03, 0xb8, 0x02, 0x0f, 0xef,
+                                         0x66, 0xff, 0x06, 0x00, 0x80, 0x26, 0xff, 0x05, 0x83,
+                                         0xc7, 0x02, 0x81, 0xe7, 0xfe, 0x0f, 0xeb, 0xef};
+    static const unsigned char reset[] = {0xea, 0x00, 0x00, 0x00, 0xf0};
+    unsigned char image[IMAGE_BYTES] = {0};
+    if (!write_image(disk_path, image))
+        return false;
+    memcpy(image, code, sizeof(code));
+    memcpy(image + IMAGE_BYTES - 16, reset, sizeof(reset));
+    return write_image(firmware_path, image);
 }
 
 /* ---- QEMU processes ---- */
@@ -139,12 +151,14 @@ static bool host_start(struct host *host, const char *name, enum vmm_role role, 
         return false;
     }
 
-    char object[256], size[32], monitor[160], monitor2[160], drive[160];
+    char object[256], size[32], monitor[160], monitor2[160], drive[160], bios[96];
     const char *machine =
         memory == ANONYMOUS || memory == TWO_NODES ? "pc" : "pc,memory-backend=ram0";
     if (memory == MEMFD)
         snprintf(object, sizeof(object), "memory-backend-memfd,id=ram0,share=on,size=%zu",
                  ram_bytes);
+    else if (memory == TWO_NODES)
+        snprintf(object, sizeof(object), "memory-backend-ram,id=spare,size=1M");
     else
         snprintf(object, sizeof(object),
                  "memory-backend-file,id=ram0,share=%s,mem-path=%s,size=%zu",
@@ -152,12 +166,13 @@ static bool host_start(struct host *host, const char *name, enum vmm_role role, 
     snprintf(size, sizeof(size), "%zuM", ram_bytes >> 20);
     snprintf(monitor, sizeof(monitor), "unix:%s,server=on,wait=off", host->qmp);
     snprintf(monitor2, sizeof(monitor2), "unix:%s,server=on,wait=off", host->qmp2);
-    snprintf(drive, sizeof(drive), "file=%s/boot.img,format=raw,if=ide", dir);
-    const char *argv[48] = {qemu,    "-nodefaults", "-display", "none",    "-vga",
-                            "std",   "-machine",    machine,    "-accel",  accel,
-                            "-m",    size,          "-drive",   drive,     "-qmp",
-                            monitor, "-qmp",        monitor2,   "-object", object};
-    size_t n = 20;
+    snprintf(drive, sizeof(drive), "file=%s/disk.img,format=raw,if=ide", dir);
+    snprintf(bios, sizeof(bios), "%s/bios.img", dir);
+    const char *argv[48] = {qemu,       "-nodefaults", "-display", "none",  "-vga", "std",
+                            "-machine", machine,       "-accel",   accel,   "-m",   size,
+                            "-drive",   drive,         "-qmp",     monitor, "-qmp", monitor2,
+                            "-object",  object,        "-bios",    bios};
+    size_t n = 22;
     if (role == VMM_DESTINATION) {
         argv[n++] = "-incoming";
         argv[n++] = "defer";
@@ -877,12 +892,14 @@ int main(int argc, char **argv)
     snprintf(dir, sizeof(dir), "/dev/shm/memferry-adapter-XXXXXX");
     if (!mkdtemp(dir))
         return 1;
-    char boot[96];
-    snprintf(boot, sizeof(boot), "%s/boot.img", dir);
+    char bios[96], disk[96];
+    snprintf(bios, sizeof(bios), "%s/bios.img", dir);
+    snprintf(disk, sizeof(disk), "%s/disk.img", dir);
     base = event_base_new();
     struct event *limit = event_new(base, -1, 0, on_case_timeout, NULL);
-    int bad = !write_boot_image(boot);
-    for (size_t i = 0; !bad && i < sizeof(cases) / sizeof(cases[0]); i++) {
+    bool ready = write_images(bios, disk);
+    int bad = !ready;
+    for (size_t i = 0; ready && i < sizeof(cases) / sizeof(cases[0]); i++) {
         if (!wanted(cases[i].name, argv + optind))
             continue;
         case_name = cases[i].name;
@@ -900,7 +917,8 @@ int main(int argc, char **argv)
     }
     event_free(limit);
     event_base_free(base);
-    unlink(boot);
+    unlink(bios);
+    unlink(disk);
     rmdir(dir);
     return bad ? 1 : 0;
 }

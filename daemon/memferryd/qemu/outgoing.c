@@ -194,10 +194,22 @@ static bool if_migrate_sent(struct vmm *vmm, json_t **out)
     return vmm->migrate_sent;
 }
 
+/* A cancel that comes just when QEMU's migration thread enters pre-switchover does not wake the
+ * thread: it sleeps on in state "cancelling", the guest stopped, for ever (seen with 7.2 by calling
+ * a guest back at random moments; migration_maybe_pause() looks at the state and then sleeps,
+ * without a lock around the two). migrate-continue wakes it whatever the state, if it is told the
+ * right one. To a thread that does not sleep it does nothing. */
+#define NUDGE_WAITS 5u
+
+static void nudge(struct vmm *vmm)
+{
+    qmp_send(vmm->qmp, "migrate-continue", json_pack("{s:s}", "state", "cancelling"), -1, NULL,
+             NULL);
+}
+
 /* QEMU's migration is over one way or the other, or was never begun. */
 static int at_rest(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)
 {
-    (void)vmm;
     (void)error;
     (void)err;
     static const char *const states[] = {"none", "cancelled", "failed", "completed"};
@@ -207,6 +219,8 @@ static int at_rest(struct vmm *vmm, json_t *value, const char *error, struct mf_
     for (size_t i = 0; i < sizeof(states) / sizeof(states[0]); i++)
         if (strcmp(status, states[i]) == 0)
             return STEP_NEXT;
+    if (strcmp(status, "cancelling") == 0 && ++vmm->cancel_waits % NUDGE_WAITS == 0)
+        nudge(vmm);
     return STEP_WAIT;
 }
 
@@ -289,6 +303,7 @@ static void returned(struct vmm *vmm, const struct mf_error *err)
 void outgoing_return(struct vmm *vmm)
 {
     vmm->phase = QEMU_RETURNING;
+    vmm->cancel_waits = 0;
     event_del(vmm->pace);
     vmm_drop_fd(vmm);
     steps_run(vmm, return_steps, returned);

@@ -108,6 +108,7 @@ struct vmm {
     bool stopped_told;
     bool must_continue; /* return_guest: the guest stands still and shall run */
     bool migrate_sent;
+    unsigned cancel_waits; /* how often a cancelled migration was found still ending */
     unsigned downtime_ms;
     struct event *pace; /* raises the downtime limit; guards quit */
 };
