@@ -47,6 +47,11 @@ static int leave(struct migration *m, int code, const char *sentence)
 {
     const Memferry__Control__Session *session = latest_session(m);
     progress_clear(&m->progress);
+    if (!session && m->interrupted && m->args->json) {
+        show_json(
+            show_json_failure(m->args->name, "source", "cancelled", sentence ? sentence : ""));
+        return verb_complain(code, sentence ? sentence : "cancelled");
+    }
     if (!session)
         return verb_fail(m->args, code, sentence ? sentence : "memferryd told of no session");
     if (m->args->json) {

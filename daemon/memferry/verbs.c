@@ -11,9 +11,9 @@ const struct cli_verb cli_verbs[] = {
         .word = "receive",
         .summary = "arm a VM that waits here for its memory (on the destination)",
         .usage = "NAME --qmp PATH",
-        .help = "Arms a QEMU that was started with '-S -incoming defer', so that 'memferry migrate "
-                "NAME'\n"
-                "on another host can move a guest into it. Returns once it is armed.\n"
+        .help = "Arms a QEMU that was started with '-S -incoming defer', so that\n"
+                "'memferry migrate NAME' on another host can move a guest into it.\n"
+                "Returns once it is armed.\n"
                 "\n"
                 "  --qmp PATH  its QMP socket: '-qmp unix:PATH,server=on,wait=off' of QEMU\n",
         .name = CLI_NAME_REQUIRED,
@@ -26,24 +26,22 @@ const struct cli_verb cli_verbs[] = {
         .summary = "move a running VM to another host (on the source)",
         .usage =
             "NAME --qmp PATH --to HOST[:PORT] [--json] [--detach] [--keep-source] [--streams N]",
-        .help = "Moves the guest of a running QEMU to the VM that 'memferry receive NAME' has "
-                "armed on\n"
-                "HOST, shows how far it is, and ends once all memory is there. Ctrl-C cancels as "
-                "long as\n"
-                "the guest can go on here, and afterwards leaves the migration running by itself.\n"
+        .help = "Moves the guest of a running QEMU to the VM that 'memferry receive NAME'\n"
+                "has armed on HOST, shows how far it is, and ends once all memory is there.\n"
+                "Ctrl-C cancels as long as the guest can go on here; afterwards it leaves\n"
+                "the migration running by itself.\n"
                 "\n"
-                "  --qmp PATH         the QMP socket of the QEMU here\n"
-                "  --to HOST[:PORT]   where memferryd listens on the other host; an IPv6 address "
-                "stands in\n"
-                "                     brackets: [2001:db8::1]:7466. The port is 7466 unless it is "
-                "given\n"
-                "  --json             no progress; one JSON object on stdout at the end, on "
-                "failure too\n"
-                "  --detach           return as soon as the migration has started\n"
-                "  --keep-source      leave the QEMU here paused at the end, instead of having it "
-                "quit\n"
-                "  --streams N        connections for the memory, 1 to 16 (default: memferryd's "
-                "setting)\n",
+                "  --qmp PATH        the QMP socket of the QEMU here\n"
+                "  --to HOST[:PORT]  where memferryd listens on the other host; an IPv6\n"
+                "                    address stands in brackets: [2001:db8::1]:7466.\n"
+                "                    The port is 7466 unless it is given\n"
+                "  --json            no progress; one JSON object on stdout at the end,\n"
+                "                    on failure too\n"
+                "  --detach          return as soon as the migration has started\n"
+                "  --keep-source     leave the QEMU here paused at the end, instead of\n"
+                "                    having it quit\n"
+                "  --streams N       connections for the memory, 1 to 16 (default:\n"
+                "                    memferryd's setting)\n",
         .name = CLI_NAME_REQUIRED,
         .allowed = CLI_OPTION_QMP | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
                    CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS,
@@ -54,9 +52,8 @@ const struct cli_verb cli_verbs[] = {
         .word = "status",
         .summary = "show the sessions of this host, or one of them",
         .usage = "[NAME] [--json]",
-        .help = "Shows every session as a table, or everything about one. A session that has ended "
-                "stays\n"
-                "until 'memferry forget NAME'.\n"
+        .help = "Shows every session as a table, or everything about one. A session that\n"
+                "has ended stays until 'memferry forget NAME'.\n"
                 "\n"
                 "  --json  one JSON object: the session's, or {\"sessions\": [...]}\n",
         .name = CLI_NAME_OPTIONAL,
@@ -67,9 +64,9 @@ const struct cli_verb cli_verbs[] = {
         .word = "cancel",
         .summary = "give a migration up; the guest goes on at the source",
         .usage = "NAME",
-        .help = "Gives a migration up, on either host, or disarms a VM that waits. Refused once "
-                "the guest\n"
-                "has changed hosts: it lives there by then, and its memory has to follow.\n",
+        .help = "Gives a migration up, on either host, or disarms a VM that waits. Refused\n"
+                "once the guest has changed hosts: it lives there by then, and its memory\n"
+                "has to follow.\n",
         .name = CLI_NAME_REQUIRED,
         .run = verb_cancel,
     },
@@ -77,11 +74,9 @@ const struct cli_verb cli_verbs[] = {
         .word = "check",
         .summary = "is this host able? what is missing, and how to get it",
         .usage = "[--json]",
-        .help = "Looks at the kernel's features one by one, the permissions and the memory of this "
-                "host.\n"
-                "Works without memferryd; run it as root, as memferryd runs. Exits with 0 if this "
-                "host is\n"
-                "able, with 1 if something is missing.\n"
+        .help = "Looks at the kernel's features one by one, the permissions and the memory\n"
+                "of this host. Works without memferryd; run it as root, as memferryd runs.\n"
+                "Exits with 0 if this host is able, with 1 if something is missing.\n"
                 "\n"
                 "  --json  one JSON object\n",
         .name = CLI_NAME_NONE,
@@ -92,8 +87,8 @@ const struct cli_verb cli_verbs[] = {
         .word = "forget",
         .summary = "drop a session that has ended",
         .usage = "NAME",
-        .help = "Drops a session that has ended from 'memferry status', so that its name is free "
-                "again.\n",
+        .help = "Drops a session that has ended from 'memferry status'. A new session may\n"
+                "take the name of one that has ended without this.\n",
         .name = CLI_NAME_REQUIRED,
         .run = verb_forget,
     },

@@ -32,10 +32,8 @@
 /** What a client that does not read may leave unread before it misses updates. */
 #define BACKLOG_MAX_BYTES ((size_t)256 * 1024)
 
-/** An update goes out at most this often unless the state changed … */
-#define UPDATE_LEAST_MS 200u
-/** … and at least this often, so that a silent memferryd is a dead one. */
-#define UPDATE_MOST_MS 1000u
+/** Who follows a session is told this often, and at once when the state changes. */
+static const struct timeval update_interval = {.tv_usec = 200000};
 /** A client sends its request, and takes its last reply, within this time. */
 static const struct timeval client_patience = {.tv_sec = 10};
 
@@ -50,7 +48,6 @@ struct client {
     bool follows;               /**< is told about the session until that has ended */
     char name[MF_NAME_MAX + 1]; /**< of the session it is about */
     char state[16];             /**< the session's state as sent last */
-    uint64_t sent_ns;           /**< when an update was sent last, 0 never */
     struct event *timer;        /**< owned; the next update, while `follows` */
     LIST_ENTRY(client) link;
 };
@@ -169,12 +166,6 @@ static struct reply *with_session(struct reply *reply, struct session *session)
 
 /* ---- following a session ---- */
 
-static void schedule_update(struct client *client, unsigned delay_ms)
-{
-    struct timeval delay = {.tv_sec = delay_ms / 1000, .tv_usec = (delay_ms % 1000) * 1000};
-    event_add(client->timer, &delay);
-}
-
 static void send_update(struct client *client, struct session *session)
 {
     struct reply reply;
@@ -191,11 +182,10 @@ static void send_update(struct client *client, struct session *session)
         send_reply(client, message);
         return;
     }
-    schedule_update(client, UPDATE_MOST_MS);
+    event_add(client->timer, &update_interval);
     if (evbuffer_get_length(bufferevent_get_output(client->bev)) > BACKLOG_MAX_BYTES)
         return;
     snprintf(client->state, sizeof(client->state), "%s", reply.session.state);
-    client->sent_ns = mf_now_ns();
     send_reply(client, message);
 }
 
@@ -237,15 +227,11 @@ void control_session_changed(struct control *control, struct session *session)
     {
         if (!client->follows || strcmp(client->name, session_name(session)) != 0)
             continue;
-        Memferry__Control__Session now;
-        Memferry__Control__Faults faults;
-        session_describe(session, &now, &faults);
-        uint64_t since_ms = (mf_now_ns() - client->sent_ns) / 1000000;
-        if (session_ended(session) || strcmp(now.state, client->state) != 0 ||
-            since_ms >= UPDATE_LEAST_MS)
+        struct reply reply;
+        with_session(&reply, session);
+        /* Figures wait for the timer. */
+        if (session_ended(session) || strcmp(reply.session.state, client->state) != 0)
             send_update(client, session);
-        else
-            schedule_update(client, UPDATE_LEAST_MS - (unsigned)since_ms);
     }
 }
 

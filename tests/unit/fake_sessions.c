@@ -222,8 +222,10 @@ void session_cancel(struct daemon *daemon, const char *name, struct session_wait
     struct session *session = session_find(daemon, name);
     if (!session) {
         answer_later(daemon, waiter, NULL, 1, "there is no such session");
+    } else if (session_ended(session)) {
+        answer_later(daemon, waiter, session, session->was_released ? 4 : 1, "it has ended");
     } else if (session->was_released) {
-        answer_later(daemon, waiter, session, 1, "the guest has changed hosts already");
+        answer_later(daemon, waiter, session, 4, "the guest has changed hosts already");
     } else {
         event_del(session->timer);
         enter(session, CANCELLED);

@@ -205,7 +205,7 @@ class Verbs(Case):
     def test_cancel_after_release(self):
         self.run_cli(*self.migrate("stay-postcopy", "--detach"))
         self.wait_state("vm", "postcopy")
-        self.assertIn("changed hosts", self.run_cli("cancel", "vm", code=1).stderr)
+        self.assertIn("changed hosts", self.run_cli("cancel", "vm", code=4).stderr)
 
     def test_cancelled_by_another(self):
         process = self.popen(*self.migrate("stay-precopy"))
