@@ -91,6 +91,7 @@ struct daemon {
     struct control *control;
     TAILQ_HEAD(session_list, session) sessions;
     TAILQ_HEAD(answer_list, answer) answers;
+    struct session_waiter starting; /**< of a migration that stays in preflight */
 };
 
 struct event_base *daemon_base(struct daemon *daemon)
@@ -149,6 +150,8 @@ void session_waiter_drop(struct daemon *daemon, void *arg)
         if (answer->waiter.arg == arg)
             answer->waiter.done = NULL;
     }
+    if (daemon->starting.arg == arg)
+        daemon->starting.done = NULL;
     mf_log(MF_LOG_INFO, "dropped a waiter");
 }
 
@@ -201,6 +204,11 @@ void session_receive(struct daemon *daemon, const char *name, const char *qmp_pa
 void session_migrate(struct daemon *daemon, const struct migrate_options *options,
                      struct session_waiter waiter)
 {
+    if (strcmp(options->host, "stay-starting") == 0) {
+        daemon->starting = waiter;
+        mf_log(MF_LOG_INFO, "stays in preflight");
+        return;
+    }
     for (size_t i = 0; i < sizeof(scripts) / sizeof(scripts[0]); i++) {
         if (strcmp(options->host, scripts[i].host) != 0)
             continue;
@@ -220,7 +228,11 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
 void session_cancel(struct daemon *daemon, const char *name, struct session_waiter waiter)
 {
     struct session *session = session_find(daemon, name);
-    if (!session) {
+    if (!session && daemon->starting.done) {
+        answer_later(daemon, daemon->starting, NULL, 1, "vm was cancelled before it began");
+        answer_later(daemon, waiter, NULL, 0, "");
+        daemon->starting.done = NULL;
+    } else if (!session) {
         answer_later(daemon, waiter, NULL, 1, "there is no such session");
     } else if (session_ended(session)) {
         answer_later(daemon, waiter, session, session->was_released ? 4 : 1, "it has ended");

@@ -256,6 +256,36 @@ class Verbs(Case):
         code, out, err = self.interrupt("stay-precopy", "precopy", "--json", signum=signal.SIGTERM)
         self.assertEqual((code, json.loads(out)["state"]), (1, "cancelled"), err)
 
+    def test_ctrl_c_before_it_began(self):
+        for more in ((), ("--json",)):
+            process = self.popen(*self.migrate("stay-starting", *more))
+            seen = 1 + len(more)
+            end = time.monotonic() + LIMIT_S
+            while self.log().count("stays in preflight") < seen:
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=LIMIT_S)
+            self.assertEqual(process.returncode, 1, err)
+            self.assertIn("cancelled before it began", err)
+            if more:
+                value = json.loads(out)
+                self.assert_session(value)
+                self.assertEqual(value["state"], "cancelled")
+
+    def test_ctrl_c_twice(self):
+        process = self.popen(*self.migrate("stay-starting"))
+        while "stays in preflight" not in self.log():
+            time.sleep(0.01)
+        os.kill(self.daemon.pid, signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        self.assertIn("cancelling", process.stderr.readline())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=LIMIT_S)
+        os.kill(self.daemon.pid, signal.SIGCONT)
+        self.assertEqual(process.returncode, 1, err)
+        self.assertIn("detached without waiting", err)
+
     def test_ctrl_c_after_release(self):
         code, out, err = self.interrupt("stay-postcopy", "postcopy")
         self.assertEqual((code, out), (4, ""), err)
