@@ -80,7 +80,7 @@ struct mf_ipc {
         bool cancelled;       /**< SEND_ABORT, PEER_ABORT */
         uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
-    char text[512];
+    char text[768]; /**< as long as an error's sentence */
 };
 
 /** mf_ipc_send() - one message with @fd (-1: none; the caller keeps it). Return: 0 or -errno. */

@@ -21,6 +21,7 @@
 #include "lib/machine.h"
 #include "lib/session_file.h"
 #include "lib/target.h"
+#include "lib/util.h"
 
 struct mover_process;
 struct connector;
@@ -85,7 +86,8 @@ struct session {
     struct connector *connector;
     struct event *reconnect_timer;
     unsigned reconnect_tries;
-    bool confirmed_all; /**< destination: said by the mover, maybe before the guest runs */
+    bool confirmed_all;      /**< destination: said by the mover, maybe before the guest runs */
+    bool released_at_source; /**< destination: the last hello said so */
 
     /* Times, CLOCK_MONOTONIC; 0: not yet. */
     uint64_t started_ns, ended_ns, stopped_ns;

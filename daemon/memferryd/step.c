@@ -1,0 +1,442 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * What happens to a session: events from the VMM, the mover, the peer and the operator go into the state
+ * machine (lib/machine.h); its actions are carried out here.
+ */
+#include "daemon/memferryd/session.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "lib/log.h"
+#include "lib/util.h"
+#include "peer.pb-c.h"
+
+#define RECONNECT_FIRST_MS 100
+#define RECONNECT_MOST_MS 1000
+
+void session_send(struct session *session, uint32_t phase)
+{
+    mover_order(session,
+                &(struct mf_ipc){.type = MF_IPC_SEND,
+                                 .phase = phase,
+                                 .blackout_us = phase == MEMFERRY__PEER__PHASE__PHASE_DRAINED_ACK
+                                                    ? session->blackout_us
+                                                    : 0},
+                -1);
+}
+
+static void tell_peer_abort(struct session *session)
+{
+    struct mf_ipc message = {.type = MF_IPC_SEND_ABORT};
+    message.cancelled =
+        session->state == MF_CANCELLED || session->state == MF_S_CANCELLING;
+    snprintf(message.text, sizeof(message.text), "%s",
+             session->reason[0] ? session->reason : "cancelled by the operator of the peer");
+    bool told = session->link_open && mover_is_ready(session);
+    mover_order(session, &message, -1);
+    mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNLINK}, -1);
+    session->link_open = false;
+    /* A destination that has loaded the device state waits for a word; without a link it gets one so. */
+    if (!told && session->role == MF_SOURCE && session->link && !session->released)
+        connector_abandon(session);
+}
+
+/* Hand the VMM one end of a socket pair and the mover the other. */
+static void start_vmm(struct session *session)
+{
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) {
+        session_set_reason(session, "cannot make a socket for the device state of %s: %s",
+                           session->name, strerror(errno));
+        session_event(session, MF_EV_VMM_FAILED);
+        return;
+    }
+    mover_order(session, &(struct mf_ipc){.type = MF_IPC_DEVICE}, pair[1]);
+    if (session->role == MF_SOURCE)
+        session_vmm_ops(session)->start_outgoing(session->vmm, pair[0]);
+    else
+        session_vmm_ops(session)->start_incoming(session->vmm, pair[0]);
+    close(pair[0]);
+    close(pair[1]);
+}
+
+static void reconnect_now(evutil_socket_t fd, short what, void *arg)
+{
+    struct session *session = arg;
+    (void)fd;
+    (void)what;
+    if (session->state == MF_S_RECOVERING && mover_is_ready(session))
+        connector_start(session);
+    /* Without a mover: when it is ready (session_on_mover_ready). */
+}
+
+static void reconnect(struct session *session)
+{
+    connector_stop(session);
+    unsigned ms = RECONNECT_FIRST_MS << (session->reconnect_tries < 4 ? session->reconnect_tries : 4);
+    if (ms > RECONNECT_MOST_MS)
+        ms = RECONNECT_MOST_MS;
+    session->reconnect_tries++;
+    const struct timeval wait = {ms / 1000, (suseconds_t)(ms % 1000) * 1000};
+    if (!session->reconnect_timer)
+        session->reconnect_timer =
+            evtimer_new(daemon_base(session->daemon), reconnect_now, session);
+    if (session->reconnect_timer)
+        evtimer_add(session->reconnect_timer, &wait);
+}
+
+static void vm_is_done_with(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    session_event(arg, MF_EV_VMM_GONE);
+}
+
+/* Source: the destination has everything. */
+static void finish(struct session *session)
+{
+    session_send(session, MEMFERRY__PEER__PHASE__PHASE_DRAINED_ACK);
+    connector_stop(session);
+    if (session->target_exited || session->keep_source) {
+        static const struct timeval now = {0, 0};
+        event_base_once(daemon_base(session->daemon), -1, EV_TIMEOUT, vm_is_done_with, session,
+                        &now);
+        return;
+    }
+    session_vmm_ops(session)->quit(session->vmm);
+}
+
+void session_end(struct session *session)
+{
+    session_read_figures(session);
+    if (!session->ended_ns)
+        session->ended_ns = mf_now_ns();
+    connector_stop(session);
+    if (session->reconnect_timer)
+        event_free(session->reconnect_timer);
+    session->reconnect_timer = NULL;
+    if (session->mover_timer)
+        event_free(session->mover_timer);
+    session->mover_timer = NULL;
+    mover_stop(session);
+    session->link_open = false;
+    if (session->vmm)
+        session_vmm_ops(session)->close(session->vmm);
+    session->vmm = NULL;
+    target_let_go(session);
+    mf_session_file_unmap(&session->view);
+    if (session->file_fd >= 0)
+        close(session->file_fd);
+    session->file_fd = -1;
+}
+
+static const char *why_not_cancel(const struct session *session)
+{
+    if (session->role == MF_SOURCE)
+        return "its guest has been released to the destination and goes on there";
+    if (session->state == MF_D_SWITCHOVER || session->state == MF_D_HELD)
+        return "the device state is loaded and the source may have released the guest already: "
+               "cancel at the source; if the guest runs there, end the VM here";
+    return "the guest runs here";
+}
+
+static void carry_out(struct session *session, enum mf_action action, enum mf_event event)
+{
+    char error[512];
+    switch (action) {
+    case MF_ACT_NONE:
+        break;
+    case MF_ACT_REFUSE:
+        snprintf(error, sizeof(error), "%s cannot be cancelled any more: %s", session->name,
+                 why_not_cancel(session));
+        session_tell_cancelled(session, error);
+        break;
+    case MF_ACT_VIOLATION:
+        mf_log(MF_LOG_WARNING, "%s: the peer said \"%s\" in state %s; dropping the link",
+               session->name, mf_event_name(event), mf_state_name(session->state));
+        session_set_reason(session, "the peer at %s broke the protocol", session->peer);
+        mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNLINK}, -1);
+        session->link_open = false;
+        session_event(session, MF_EV_LINK_LOST);
+        break;
+    case MF_ACT_START_VMM:
+        start_vmm(session);
+        break;
+    case MF_ACT_FINISH_VMM:
+        session_vmm_ops(session)->finish_outgoing(session->vmm);
+        break;
+    case MF_ACT_RELEASE:
+        /* Noted before it is sent: from here on this host never runs the guest again (I6). */
+        session->released = true;
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_RELEASE);
+        break;
+    case MF_ACT_RECONNECT:
+        reconnect(session);
+        break;
+    case MF_ACT_FINISH:
+        finish(session);
+        break;
+    case MF_ACT_RETURN_GUEST:
+        tell_peer_abort(session);
+        session_vmm_ops(session)->return_guest(session->vmm);
+        break;
+    case MF_ACT_SEND_READY:
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_READY);
+        break;
+    case MF_ACT_SEND_LOADED:
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_LOADED);
+        break;
+    case MF_ACT_START_GUEST:
+        session->released = true;
+        session_vmm_ops(session)->resume(session->vmm, session->guest_was_running);
+        break;
+    case MF_ACT_SEND_RUNNING:
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_RUNNING);
+        break;
+    case MF_ACT_SEND_DRAINED:
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_DRAINED);
+        break;
+    case MF_ACT_END_TELL:
+        tell_peer_abort(session);
+        session_end(session);
+        break;
+    case MF_ACT_END:
+        session_end(session);
+        break;
+    }
+}
+
+void session_event(struct session *session, enum mf_event event)
+{
+    const enum mf_state was = session->state;
+    const struct mf_step step = mf_machine_step(was, event);
+    if (session->rejected)
+        return;
+    session->state = step.next;
+    if (was != step.next || step.action != MF_ACT_NONE)
+        mf_log(MF_LOG_DEBUG, "%s: %s, in %s, now %s", session->name, mf_event_name(event),
+               mf_state_name(was), mf_state_name(step.next));
+    carry_out(session, step.action, event);
+    if (session->state != step.next)
+        return; /* carrying it out led further; all was said there */
+    if (mf_state_ended(session->state) && !mf_state_ended(was)) {
+        if (session->state == MF_DONE)
+            session->reason[0] = '\0';
+        mf_log(session->state == MF_FAILED ? MF_LOG_WARNING : MF_LOG_NOTICE, "%s: %s%s%s",
+               session->name, mf_state_name(session->state), session->reason[0] ? ": " : "",
+               session->reason);
+        session_tell_cancelled(session, session->state == MF_CANCELLED
+                                            ? NULL
+                                            : "the session ended before it was cancelled");
+    }
+    if (session->state != was)
+        session_changed(session);
+    /* The last page may have arrived before the guest was known to run. */
+    if (session->state != was && session->confirmed_all &&
+        (session->state == MF_D_POSTCOPY || session->state == MF_D_RECOVERING))
+        session_event(session, MF_EV_CONFIRMED_ALL);
+}
+
+/* ---- the VMM ---- */
+
+void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
+{
+    struct session *session = arg;
+    switch (event) {
+    case VMM_STOPPED:
+        session->stopped_ns = mf_now_ns();
+        break;
+    case VMM_PAUSED:
+        if (!session->stopped_ns)
+            session->stopped_ns = mf_now_ns();
+        session_event(session, MF_EV_VMM_PAUSED);
+        break;
+    case VMM_COMPLETED:
+        session_event(session, MF_EV_VMM_COMPLETED);
+        break;
+    case VMM_RETURNED:
+        session_event(session, MF_EV_VMM_RETURNED);
+        break;
+    case VMM_GONE:
+        /* Its process ends a moment later, and is waited for. */
+        if (session->target_exited)
+            session_event(session, MF_EV_VMM_GONE);
+        break;
+    case VMM_INCOMING:
+        session_event(session, MF_EV_VMM_INCOMING);
+        break;
+    case VMM_LOADED:
+        session_event(session, MF_EV_VMM_LOADED);
+        break;
+    case VMM_RUNNING:
+        session_event(session, MF_EV_VMM_RUNNING);
+        break;
+    case VMM_FAILED:
+        if (session->starting) {
+            session_reject(session, "%s", detail);
+            break;
+        }
+        /* The first reason is the one that explains the others. */
+        if (!session->reason[0] || session->state == MF_S_FAILING ||
+            session->state == MF_S_CANCELLING)
+            session_set_reason(session, "%s", detail);
+        session_event(session, MF_EV_VMM_FAILED);
+        break;
+    }
+}
+
+/* ---- the mover and, through it, the peer ---- */
+
+void session_on_mover_ready(struct session *session)
+{
+    if (session->starting) {
+        session_started(session);
+        if (session->role == MF_SOURCE)
+            connector_start(session);
+        return;
+    }
+    if (session->state == MF_S_RECOVERING && !session->connector)
+        connector_start(session);
+}
+
+static void on_peer_hello(struct session *session, const struct mf_ipc *message)
+{
+    struct mf_ipc answer = {.type = MF_IPC_PROCEED};
+    struct mf_error err;
+    if (session->state == MF_D_WAITING &&
+        target_room(session, message->hello.allocated_bytes, &err) < 0)
+        snprintf(answer.text, sizeof(answer.text), "%s", err.text);
+    if (!answer.text[0] && session->state == MF_D_WAITING)
+        session->guest_was_running = message->hello.guest_running;
+    mover_order(session, &answer, -1);
+    if (answer.text[0])
+        session_set_reason(session, "refused the source: %s", answer.text);
+}
+
+static void on_peer_phase(struct session *session, const struct mf_ipc *message)
+{
+    enum mf_event event;
+    switch ((Memferry__Peer__Phase)message->phase) {
+    case MEMFERRY__PEER__PHASE__PHASE_READY:
+        event = MF_EV_PEER_READY;
+        break;
+    case MEMFERRY__PEER__PHASE__PHASE_LOADED:
+        event = MF_EV_PEER_LOADED;
+        break;
+    case MEMFERRY__PEER__PHASE__PHASE_RELEASE:
+        event = MF_EV_PEER_RELEASE;
+        break;
+    case MEMFERRY__PEER__PHASE__PHASE_RUNNING:
+        event = MF_EV_PEER_RUNNING;
+        if (session->stopped_ns && !session->blackout_us)
+            session->blackout_us = (mf_now_ns() - session->stopped_ns) / 1000u;
+        break;
+    case MEMFERRY__PEER__PHASE__PHASE_DRAINED_ACK:
+        event = MF_EV_PEER_DRAINED_ACK;
+        session->blackout_us = message->blackout_us;
+        break;
+    default:
+        mf_log(MF_LOG_WARNING, "%s: the peer sent an unknown phase %u", session->name,
+               message->phase);
+        return;
+    }
+    session_event(session, event);
+}
+
+void session_on_mover_message(struct session *session, const struct mf_ipc *message)
+{
+    switch ((enum mf_ipc_type)message->type) {
+    case MF_IPC_PEER_HELLO:
+        on_peer_hello(session, message);
+        /* RELEASE may have been lost with an earlier link; the greeting repeats it, and takes its place
+         * behind LINK_UP. */
+        session->released_at_source = message->hello.released;
+        break;
+    case MF_IPC_LINK_UP:
+        session->reconnect_tries = 0;
+        session->reason[0] = '\0';
+        session_event(session, MF_EV_LINK_UP);
+        if (session->role == MF_DESTINATION && session->released_at_source)
+            session_event(session, MF_EV_PEER_RELEASE);
+        break;
+    case MF_IPC_LINK_LOST:
+        session->link_open = false;
+        if (!session_ended(session) && !(session->role == MF_DESTINATION &&
+                                         session->state == MF_D_WAITING && session->reason[0]))
+            session_set_reason(session, "the link to %s was lost: %s", session->peer,
+                               message->text);
+        session_event(session, MF_EV_LINK_LOST);
+        break;
+    case MF_IPC_PEER_PHASE:
+        on_peer_phase(session, message);
+        break;
+    case MF_IPC_PEER_DRAINED:
+        session->figures.faults = (struct mf_quantiles){
+            .count = message->drained.count,
+            .p50_ns = message->drained.p50_ns,
+            .p99_ns = message->drained.p99_ns,
+            .p999_ns = message->drained.p999_ns,
+            .max_ns = message->drained.max_ns,
+        };
+        session_event(session, MF_EV_PEER_DRAINED);
+        break;
+    case MF_IPC_PEER_ABORT:
+        session_set_reason(session, "%s", message->text);
+        session_event(session,
+                      message->cancelled ? MF_EV_PEER_CANCELLED : MF_EV_PEER_FAILED);
+        break;
+    case MF_IPC_CONFIRMED_ALL:
+        session->confirmed_all = true;
+        session_event(session, MF_EV_CONFIRMED_ALL);
+        break;
+    default:
+        mf_log(MF_LOG_WARNING, "%s: the mover sent a message of type %u", session->name,
+               message->type);
+    }
+}
+
+static void restart_mover(evutil_socket_t fd, short what, void *arg)
+{
+    struct session *session = arg;
+    struct mf_error err;
+    (void)fd;
+    (void)what;
+    if (session_ended(session) || session->mover)
+        return;
+    if (mover_start(session, &err) < 0) {
+        session_set_reason(session, "%s", err.text);
+        mf_log(MF_LOG_ERR, "%s: %s; trying again", session->name, err.text);
+        evtimer_add(session->mover_timer, &(struct timeval){.tv_sec = 1});
+    }
+}
+
+void session_on_mover_exit(struct session *session, const char *how)
+{
+    session->link_open = false;
+    if (session->rejected || session_ended(session))
+        return;
+    if (session->starting) {
+        session_reject(session, "memferry-mover of %s %s while it was starting; its last words are in "
+                                "the log of memferryd",
+                       session->name, how);
+        return;
+    }
+    mf_log(MF_LOG_WARNING, "%s: memferry-mover %s; starting another", session->name, how);
+    session->mover_restarts++;
+    session_set_reason(session, "memferry-mover on this host %s", how);
+    connector_stop(session);
+    session_event(session, MF_EV_LINK_LOST);
+    if (session_ended(session))
+        return;
+    /* At once, but not in a circle: one that dies at once gets a second's rest. */
+    const bool soon = mf_now_ns() - session->mover_started_ns < 200000000u;
+    if (!session->mover_timer)
+        session->mover_timer = evtimer_new(daemon_base(session->daemon), restart_mover, session);
+    if (session->mover_timer)
+        evtimer_add(session->mover_timer,
+                    &(struct timeval){.tv_sec = soon && session->mover_restarts > 1});
+}

@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * memferry-mover processes: started, handed their descriptors, listened to, reaped and replaced.
+ *
+ * A mover is in the way of nothing but its own session. It is started in the cgroup of its VM where there is
+ * one, so that the pages it populates are charged there.
+ */
+#include "daemon/memferryd/session.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "lib/log.h"
+#include "lib/util.h"
+
+#ifndef MF_LIBEXEC_DIR
+#error "the build defines where memferry-mover is installed"
+#endif
+
+struct mover_process {
+    struct session *session; /**< NULL once the session does not want it any more */
+    pid_t pid;
+    int pidfd, sock;
+    bool ready;
+    struct event *exit_event, *sock_event;
+};
+
+/* Beside memferryd in a build tree, in libexec when installed. */
+static int find_program(const struct config *config, char *path, size_t size, struct mf_error *err)
+{
+    char self[400];
+    const char *beside[] = {"memferry-mover", "../mover/memferry-mover"};
+    if (config->mover_path[0]) {
+        snprintf(path, size, "%s", config->mover_path);
+        if (access(path, X_OK) == 0)
+            return 0;
+        return mf_fail(err, errno, "%s, which the configuration names as memferry-mover: %s", path,
+                       strerror(errno));
+    }
+    ssize_t n = readlink("/proc/self/exe", self, sizeof(self) - 1);
+    if (n > 0) {
+        self[n] = '\0';
+        char *slash = strrchr(self, '/');
+        if (slash)
+            *slash = '\0';
+        for (unsigned i = 0; i < 2; i++) {
+            snprintf(path, size, "%s/%s", self, beside[i]);
+            if (access(path, X_OK) == 0)
+                return 0;
+        }
+    }
+    snprintf(path, size, "%s/memferry-mover", MF_LIBEXEC_DIR);
+    if (access(path, X_OK) == 0)
+        return 0;
+    return mf_fail(err, ENOENT,
+                   "memferry-mover is neither beside memferryd nor in %s; reinstall memferry",
+                   MF_LIBEXEC_DIR);
+}
+
+static void find_user(const struct config *config, uid_t *uid, gid_t *gid)
+{
+    const char *names[] = {config->mover_user, "nobody"};
+    *uid = *gid = 65534;
+    for (unsigned i = 0; i < 2; i++) {
+        const struct passwd *entry = getpwnam(names[i]);
+        if (entry && entry->pw_uid != 0) {
+            *uid = entry->pw_uid;
+            *gid = entry->pw_gid;
+            return;
+        }
+    }
+}
+
+/* Into the VM's cgroup (cgroup v2), if it is another than ours. Failing costs only the accounting. */
+static void join_cgroup(const struct session *session, pid_t pid)
+{
+    char path[600], line[512], ours[512] = "";
+    cleanup_fclose FILE *self = fopen("/proc/self/cgroup", "re");
+    snprintf(path, sizeof(path), "/proc/%d/cgroup", (int)session->pid);
+    cleanup_fclose FILE *theirs = fopen(path, "re");
+    if (!self || !theirs)
+        return;
+    while (fgets(ours, sizeof(ours), self) && strncmp(ours, "0::", 3) != 0)
+        ours[0] = '\0';
+    while (fgets(line, sizeof(line), theirs)) {
+        if (strncmp(line, "0::", 3) != 0 || strcmp(line, ours) == 0)
+            continue;
+        line[strcspn(line, "\n")] = '\0';
+        snprintf(path, sizeof(path), "/sys/fs/cgroup%s/cgroup.procs", line + 3);
+        cleanup_close int fd = open(path, O_WRONLY | O_CLOEXEC);
+        char number[16];
+        int length = snprintf(number, sizeof(number), "%d", (int)pid);
+        if (fd < 0 || write(fd, number, (size_t)length) != length)
+            mf_log(MF_LOG_WARNING,
+                   "%s: memferry-mover stays in memferryd's cgroup, so the memory it populates is "
+                   "charged there: %s: %s",
+                   session->name, path, strerror(errno));
+    }
+}
+
+static void free_process(struct mover_process *m)
+{
+    if (m->exit_event)
+        event_free(m->exit_event);
+    if (m->sock_event)
+        event_free(m->sock_event);
+    if (m->pidfd >= 0)
+        close(m->pidfd);
+    if (m->sock >= 0)
+        close(m->sock);
+    free(m);
+}
+
+static void on_exit_event(evutil_socket_t fd, short what, void *arg)
+{
+    struct mover_process *m = arg;
+    struct session *session = m->session;
+    siginfo_t info = {0};
+    char how[64];
+    (void)fd;
+    (void)what;
+    if (waitid(P_PID, (id_t)m->pid, &info, WEXITED | WNOHANG) != 0 || info.si_pid == 0)
+        return;
+    if (info.si_code == CLD_EXITED)
+        snprintf(how, sizeof(how), "exited with status %d", info.si_status);
+    else
+        snprintf(how, sizeof(how), "was killed by signal %d (%s)", info.si_status,
+                 strsignal(info.si_status));
+    /* Its last messages may still lie in the socket; a dead mover's words are not needed. */
+    free_process(m);
+    if (session) {
+        session->mover = NULL;
+        session_on_mover_exit(session, how);
+    }
+}
+
+static void on_message(evutil_socket_t fd, short what, void *arg)
+{
+    struct mover_process *m = arg;
+    (void)what;
+    for (unsigned i = 0; i < 32; i++) {
+        struct mf_ipc message;
+        int received_fd = -1;
+        int r = mf_ipc_receive((int)fd, &message, &received_fd);
+        if (received_fd >= 0)
+            close(received_fd); /* a mover has none to give */
+        if (r == -EAGAIN)
+            return;
+        if (r <= 0) {
+            event_del(m->sock_event); /* its exit is seen by the pidfd */
+            return;
+        }
+        struct session *session = m->session;
+        if (message.type == MF_IPC_READY) {
+            m->ready = true;
+            session_on_mover_ready(session);
+        } else {
+            session_on_mover_message(session, &message);
+        }
+        if (session->mover != m)
+            return; /* stopped by what it said; `m` may be gone */
+    }
+}
+
+static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, int log_level)
+{
+    char arguments[4][16];
+    snprintf(arguments[0], sizeof(arguments[0]), "%d", 3);
+    snprintf(arguments[1], sizeof(arguments[1]), "%u", (unsigned)uid);
+    snprintf(arguments[2], sizeof(arguments[2]), "%u", (unsigned)gid);
+    snprintf(arguments[3], sizeof(arguments[3]), "%d", log_level);
+    char *argv[] = {(char *)(uintptr_t) "memferry-mover", arguments[0], arguments[1], arguments[2],
+                    arguments[3], NULL};
+    pid_t pid = fork();
+    if (pid != 0)
+        return pid;
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    /* Its descriptors: the standard ones and the socket as 3; all others are close-on-exec. */
+    if (child_sock == 3 ? fcntl(3, F_SETFD, 0) != 0 : dup2(child_sock, 3) < 0)
+        _exit(127);
+    execv(program, argv);
+    _exit(127);
+}
+
+static int hand_over(struct session *session, int sock, struct mf_error *err)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    int mapping_count = 0, r;
+    if (session->role == MF_DESTINATION) {
+        /* As they are now: what a dead mover had read of changes went with it. */
+        mapping_count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+        if (mapping_count < 0)
+            return mapping_count;
+    }
+    struct mf_ipc setup = {.type = MF_IPC_SETUP,
+                           .setup = {.role = session->role,
+                                     .region_count = session->region_count,
+                                     .context_count = session->role == MF_DESTINATION,
+                                     .mapping_count = (uint32_t)mapping_count}};
+    memcpy(setup.setup.session_id, session->id, sizeof(session->id));
+    memcpy(setup.setup.name, session->name, sizeof(session->name));
+    r = mf_ipc_send(sock, &setup, session->file_fd);
+    for (unsigned i = 0; r == 0 && i < session->region_count; i++) {
+        const struct mf_region_source *from = &session->region[i];
+        struct mf_ipc region = {.type = MF_IPC_REGION,
+                                .region = {.size_bytes = from->size_bytes,
+                                           .page_bytes = from->page_bytes,
+                                           .kind = from->kind}};
+        memcpy(region.region.name, from->name, sizeof(from->name));
+        r = mf_ipc_send(sock, &region, from->fd);
+    }
+    if (r == 0 && session->role == MF_DESTINATION)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
+    for (int i = 0; r == 0 && i < mapping_count; i++)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPPING, .mapping = mappings[i]}, -1);
+    if (r == 0)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_GO}, -1);
+    if (r < 0)
+        return mf_fail(err, -r, "memferry-mover of %s does not take its orders: %s", session->name,
+                       strerror(-r));
+    return 0;
+}
+
+int mover_start(struct session *session, struct mf_error *err)
+{
+    const struct config *config = daemon_config(session->daemon);
+    char program[600];
+    int pair[2];
+    uid_t uid;
+    gid_t gid;
+    int r = find_program(config, program, sizeof(program), err);
+    if (r < 0)
+        return r;
+    find_user(config, &uid, &gid);
+    struct mover_process *m = calloc(1, sizeof(*m));
+    if (!m)
+        return mf_fail(err, ENOMEM, "out of memory");
+    m->pidfd = m->sock = -1;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0) {
+        r = mf_fail(err, errno, "cannot make a socket for memferry-mover: %s", strerror(errno));
+        free_process(m);
+        return r;
+    }
+    m->sock = pair[0];
+    m->pid = spawn(program, pair[1], uid, gid, config->log_level);
+    int spawn_errno = errno;
+    close(pair[1]);
+    if (m->pid < 0) {
+        free_process(m);
+        return mf_fail(err, spawn_errno, "cannot start memferry-mover: %s", strerror(spawn_errno));
+    }
+    session->mover_started_ns = mf_now_ns();
+    m->session = session;
+    m->pidfd = (int)syscall(SYS_pidfd_open, m->pid, 0);
+    join_cgroup(session, m->pid);
+    /* While it hands over, the socket blocks: a mover reads its orders before it does anything else. */
+    r = hand_over(session, m->sock, err);
+    if (r == 0) {
+        evutil_make_socket_nonblocking(m->sock);
+        m->exit_event = event_new(daemon_base(session->daemon), m->pidfd, EV_READ | EV_PERSIST,
+                                  on_exit_event, m);
+        m->sock_event = event_new(daemon_base(session->daemon), m->sock, EV_READ | EV_PERSIST,
+                                  on_message, m);
+        if (!m->exit_event || !m->sock_event)
+            r = mf_fail(err, ENOMEM, "out of memory");
+    }
+    if (r < 0) {
+        kill(m->pid, SIGKILL);
+        waitpid(m->pid, NULL, 0);
+        free_process(m);
+        return r;
+    }
+    event_add(m->exit_event, NULL);
+    event_add(m->sock_event, NULL);
+    session->mover = m;
+    return 0;
+}
+
+void mover_order(struct session *session, const struct mf_ipc *message, int fd)
+{
+    if (!session->mover)
+        return;
+    int r = mf_ipc_send(session->mover->sock, message, fd);
+    if (r == -EAGAIN) {
+        /* It does not read: it is stuck. Its successor will. */
+        mf_log(MF_LOG_WARNING, "%s: memferry-mover does not take its orders; killing it",
+               session->name);
+        kill(session->mover->pid, SIGKILL);
+    }
+    /* Other errors: it is dying, which its pidfd will tell. */
+}
+
+void mover_stop(struct session *session)
+{
+    struct mover_process *m = session->mover;
+    if (!m)
+        return;
+    session->mover = NULL;
+    m->session = NULL;
+    event_free(m->sock_event);
+    m->sock_event = NULL;
+    close(m->sock); /* which is its order to leave */
+    m->sock = -1;
+}
+
+bool mover_is_ready(const struct session *session)
+{
+    return session->mover && session->mover->ready;
+}

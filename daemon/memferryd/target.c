@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The target process: from what its VMM says to regions, and at the destination to an armed
+ * userfaultfd.
+ *
+ * Order at the destination (I3): register every mapping first, then punch the files: from then on every touch is
+ * a MISSING fault, also of what a prealloc or an earlier touch had mapped.
+ */
+#include "daemon/memferryd/session.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "lib/inject.h"
+#include "lib/log.h"
+#include "lib/uffd.h"
+#include "lib/util.h"
+
+static void on_target_exit(evutil_socket_t fd, short what, void *arg)
+{
+    struct session *session = arg;
+    (void)fd;
+    (void)what;
+    session->target_exited = true;
+    event_del(session->pidfd_event);
+    if (session->starting) {
+        session_reject(session, "the VM of %s ended while it was being prepared", session->name);
+        return;
+    }
+    if (!session_ended(session) && !session->released)
+        session_set_reason(session, "the VM of %s (pid %d) ended on this host", session->name,
+                           (int)session->pid);
+    session_event(session, MF_EV_TARGET_EXITED);
+}
+
+static int watch(struct session *session, struct mf_error *err)
+{
+    session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
+    if (session->pidfd < 0)
+        return mf_fail(err, errno, "cannot watch the VM of %s (pid %d): %s", session->name,
+                       (int)session->pid, strerror(errno));
+    session->pidfd_event = event_new(daemon_base(session->daemon), session->pidfd,
+                                     EV_READ | EV_PERSIST, on_target_exit, session);
+    if (!session->pidfd_event || event_add(session->pidfd_event, NULL) != 0)
+        return mf_fail(err, ENOMEM, "cannot watch the VM of %s: out of memory", session->name);
+    return 0;
+}
+
+static int by_id(const void *a, const void *b)
+{
+    return strcmp(((const struct vmm_backend *)a)->id, ((const struct vmm_backend *)b)->id);
+}
+
+/* Both hosts number the regions in the order of their names. */
+static int find_regions(struct session *session, const struct vmm_info *info,
+                        const struct mf_vma *vmas, size_t vma_count, struct mf_error *err)
+{
+    if (info->backend_count == 0 || info->backend_count > MF_REGIONS_MAX)
+        return mf_fail(err, ENOTSUP, "the VM of %s has %u memory backends; 1 to %u can be migrated",
+                       session->name, info->backend_count, MF_REGIONS_MAX);
+    cleanup_free struct vmm_backend *backends = calloc(info->backend_count, sizeof(*backends));
+    if (!backends)
+        return mf_fail(err, ENOMEM, "out of memory");
+    memcpy(backends, info->backends, info->backend_count * sizeof(*backends));
+    qsort(backends, info->backend_count, sizeof(*backends), by_id);
+    for (unsigned i = 0; i < info->backend_count; i++) {
+        struct mf_region_source *region = &session->region[i];
+        region->fd = -1;
+        int r = mf_target_region(session->pid, vmas, vma_count, backends[i].id, backends[i].path,
+                                 backends[i].size_bytes, session->role == MF_DESTINATION, region,
+                                 err);
+        if (r < 0)
+            return r;
+        session->region_count = i + 1;
+        session->ram_bytes += region->size_bytes;
+        session->total_pages += region->size_bytes / region->page_bytes;
+    }
+    return 0;
+}
+
+static int refuse_unseen_writers(struct session *session, struct mf_error *err)
+{
+    char who[128];
+    if (mf_target_vfio(session->pid) > 0)
+        return mf_fail(err, ENOTSUP,
+                       "the VM of %s has a device passed through (VFIO or vDPA): its memory is "
+                       "pinned and written behind the host's back; detach the device first",
+                       session->name);
+    if (mf_target_foreign(session->pid, session->region, session->region_count, who,
+                          sizeof(who)) > 0)
+        return mf_fail(err, ENOTSUP,
+                       "the memory of %s is also mapped by %s, whose writes can't be followed "
+                       "(a vhost-user back end?); stop it or detach its device first",
+                       session->name, who);
+    return 0;
+}
+
+int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
+                    struct mf_error *err)
+{
+    cleanup_free struct mf_vma *vmas = NULL;
+    size_t count = 0;
+    int r = mf_target_vmas(session->pid, &vmas, &count, err);
+    if (r < 0)
+        return r;
+    return mf_target_mappings(vmas, count, session->region, session->region_count, out, max, err);
+}
+
+static int arm(struct session *session, struct mf_error *err)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+    if (count < 0)
+        return count;
+    if (count == 0)
+        return mf_fail(err, ENOENT, "the VM of %s does not map its memory", session->name);
+    session->uffd =
+        mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
+    if (session->uffd < 0)
+        return session->uffd;
+    uint64_t features = MF_UFFD_FEATURES, enabled = 0;
+    for (unsigned i = 0; i < session->region_count; i++)
+        if (session->region[i].kind == MF_MEMORY_HUGETLB)
+            features |= UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
+    int r = mf_uffd_api(session->uffd, features, MF_UFFD_FEATURES_WANTED, &enabled, err);
+    for (int i = 0; r == 0 && i < count; i++)
+        r = mf_uffd_register(session->uffd, mappings[i].start_addr, mappings[i].length_bytes, err);
+    for (unsigned i = 0; r == 0 && i < session->region_count; i++) {
+        const struct mf_region_source *region = &session->region[i];
+        if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                      (off_t)region->size_bytes) != 0)
+            r = mf_fail(err, errno, "cannot empty the memory %s of %s: %s", region->name,
+                        session->name, strerror(errno));
+    }
+    return r;
+}
+
+int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err)
+{
+    cleanup_free struct mf_vma *vmas = NULL;
+    size_t vma_count = 0;
+    session->pid = info->pid;
+    int r = watch(session, err);
+    if (r == 0)
+        r = mf_target_vmas(session->pid, &vmas, &vma_count, err);
+    if (r == 0)
+        r = find_regions(session, info, vmas, vma_count, err);
+    if (r == 0)
+        r = refuse_unseen_writers(session, err);
+    if (r == 0 && session->role == MF_DESTINATION)
+        r = arm(session, err);
+    return r;
+}
+
+int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err)
+{
+    uint64_t room = 0;
+    for (unsigned i = 0; i < session->region_count; i++) {
+        struct stat st, before;
+        bool counted = false;
+        uint64_t available = 0;
+        if (fstat(session->region[i].fd, &st) != 0)
+            continue;
+        for (unsigned j = 0; j < i && !counted; j++)
+            counted = fstat(session->region[j].fd, &before) == 0 && before.st_dev == st.st_dev;
+        if (!counted && mf_memory_available(session->region[i].fd, &available) == 0)
+            room += available;
+    }
+    if (needed_bytes <= room)
+        return 0;
+    return mf_fail(err, ENOSPC,
+                   "the destination has too little memory for %s: %llu MiB are needed and %llu MiB "
+                   "are free where its memory lies; free some there, or enlarge that file system",
+                   session->name, (unsigned long long)(needed_bytes >> 20),
+                   (unsigned long long)(room >> 20));
+}
+
+void target_let_go(struct session *session)
+{
+    struct mf_error err;
+    if (session->pidfd_event)
+        event_free(session->pidfd_event);
+    session->pidfd_event = NULL;
+    /* The last descriptor's closing unregisters everything and lets all waiters go on. */
+    if (session->uffd >= 0)
+        close(session->uffd);
+    session->uffd = -1;
+    if (session->remote_uffd >= 0 && !session->target_exited &&
+        mf_inject_close(session->pid, session->remote_uffd, &err) < 0)
+        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the VM: %s", session->name,
+               err.text);
+    session->remote_uffd = -1;
+    if (session->pidfd >= 0)
+        close(session->pidfd);
+    session->pidfd = -1;
+    for (unsigned i = 0; i < session->region_count; i++)
+        close(session->region[i].fd);
+    session->region_count = 0;
+}
