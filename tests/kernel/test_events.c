@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* When the kernel tells of a changed layout, in which order, and what does not work until it was
+ * read. */
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "lib/uffd.h"
+#include "lib/util.h"
+#include "tests/kernel/area.h"
+
+#define PAGES 8
+
+static void remove_tells_before_it_happens(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 2, 'a');
+    struct actor remover = {
+        .act = ACT_REMOVE, .at = page_of(&area, 1), .length_bytes = 3 * area.page_bytes};
+    actor_start(&remover);
+    await_readable(area.uffd);
+    assert_int_equal(area.second[2 * area.page_bytes],
+                     'a'); /* it waits for the message to be read */
+    assert_true(actor_waits(&remover));
+    struct uffd_msg message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_REMOVE);
+    assert_true(message.arg.remove.start == (uintptr_t)page_of(&area, 1));
+    assert_true(message.arg.remove.end == (uintptr_t)page_of(&area, 4));
+    actor_finish(&remover);
+    assert_int_equal(remover.rc, 0);
+    assert_int_equal(lseek(area.file, 0, SEEK_DATA), -1); /* punched out of the file */
+    area_free(&area);
+}
+
+static void dontneed_looks_like_remove(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    struct actor dropper = {.act = ACT_DONTNEED, .at = area.guest, .length_bytes = area.page_bytes};
+    actor_start(&dropper);
+    struct uffd_msg message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_REMOVE);
+    actor_finish(&dropper);
+    assert_int_equal(lseek(area.file, 0, SEEK_DATA), 0); /* but the content stays */
+    area_free(&area);
+}
+
+static void unmap_tells_the_raw_range_afterwards(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    /* Only the first half is registered; the message covers what was unmapped. */
+    struct uffdio_register reg = {
+        .range = {.start = (uintptr_t)area.guest, .len = area.length_bytes / 2},
+        .mode = BOTH_MODES};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_REGISTER, &reg), 0);
+    struct actor unmapper = {
+        .act = ACT_UNMAP, .at = page_of(&area, 2), .length_bytes = 4 * area.page_bytes};
+    actor_start(&unmapper);
+    await_readable(area.uffd);
+    unsigned char there;
+    assert_int_equal(mincore(page_of(&area, 2), area.page_bytes, &there), -1);
+    assert_int_equal(errno, ENOMEM); /* gone already */
+    assert_true(actor_waits(&unmapper));
+    struct uffd_msg message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_UNMAP);
+    assert_true(message.arg.remove.start == (uintptr_t)page_of(&area, 2));
+    assert_true(message.arg.remove.end == (uintptr_t)page_of(&area, 6));
+    actor_finish(&unmapper);
+    area_free(&area);
+}
+
+static void remap_tells_the_move_then_the_unmap(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    char *to = mmap(NULL, area.length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(to != MAP_FAILED);
+    munmap(to, area.length_bytes); /* an address that is free */
+    struct actor mover = {
+        .act = ACT_REMAP, .at = area.guest, .length_bytes = area.length_bytes, .to = to};
+    actor_start(&mover);
+    struct uffd_msg message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_REMAP);
+    assert_true(message.arg.remap.from == (uintptr_t)area.guest);
+    assert_true(message.arg.remap.to == (uintptr_t)to);
+    assert_true(message.arg.remap.len == area.length_bytes);
+    message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_UNMAP);
+    assert_true(message.arg.remove.start == (uintptr_t)area.guest);
+    assert_true(message.arg.remove.end == (uintptr_t)area.guest + area.length_bytes);
+    actor_finish(&mover);
+    assert_int_equal(mover.rc, 0);
+
+    /* The registration moved along. */
+    area.guest = to;
+    struct actor reader = {.act = ACT_READ, .at = page_of(&area, 0)};
+    actor_start(&reader);
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_PAGEFAULT);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    actor_finish(&reader);
+    area_free(&area);
+}
+
+static void an_unread_event_stops_every_fill(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    uint64_t done_bytes;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    struct actor remover = {
+        .act = ACT_REMOVE, .at = page_of(&area, 7), .length_bytes = area.page_bytes};
+    actor_start(&remover);
+    await_readable(area.uffd);
+    /* Far from the range in question, and still: */
+    assert_int_equal(continue_pages(&area, 0, 1, &result), EAGAIN);
+    assert_int_equal(result, -EAGAIN);
+    assert_int_equal(
+        mf_uffd_continue(area.uffd, (uintptr_t)area.guest, area.page_bytes, &done_bytes), -EAGAIN);
+    assert_int_equal(done_bytes, 0);
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)page_of(&area, 1), area.page_bytes, &done_bytes),
+        -EAGAIN);
+    /* These work. */
+    assert_int_equal(mf_uffd_wake(area.uffd, (uintptr_t)area.guest, area.length_bytes), 0);
+    area_register(&area, BOTH_MODES);
+
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_REMOVE);
+    actor_finish(&remover);
+    assert_int_equal(continue_pages(&area, 0, 1, &result), 0);
+    area_free(&area);
+}
+
+static void faults_are_read_before_events(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    struct actor unmapper = {
+        .act = ACT_UNMAP, .at = page_of(&area, 4), .length_bytes = 4 * area.page_bytes};
+    struct actor reader = {.act = ACT_READ, .at = page_of(&area, 0)};
+    actor_start(&unmapper);
+    await_readable(area.uffd); /* the event came first … */
+    actor_start(&reader);
+    await_pending(area.uffd, 1); /* … the fault after it */
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_PAGEFAULT);
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_UNMAP);
+    actor_finish(&unmapper);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    actor_finish(&reader);
+    area_free(&area);
+}
+
+static void changes_to_the_file_are_not_told(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    /* Were there an event, these would wait for it to be read. */
+    assert_int_equal(
+        fallocate(area.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)area.page_bytes),
+        0);
+    assert_true(no_message(area.uffd));
+    assert_int_equal(ftruncate(area.file, 0), 0);
+    assert_int_equal(ftruncate(area.file, (off_t)area.length_bytes), 0);
+    assert_true(no_message(area.uffd));
+    assert_int_equal(mprotect(area.guest, area.page_bytes, PROT_READ), 0);
+    assert_true(no_message(area.uffd));
+    area_free(&area);
+}
+
+int main(void)
+{
+    uint64_t features;
+    struct mf_error err;
+    if (mf_uffd_features(&features, &err) < 0 ||
+        (features & MF_UFFD_FEATURES) != MF_UFFD_FEATURES) {
+        fprintf(stderr, "skipped: userfaultfd with MINOR_SHMEM is not to be had here\n");
+        return 77;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(remove_tells_before_it_happens),
+        cmocka_unit_test(dontneed_looks_like_remove),
+        cmocka_unit_test(unmap_tells_the_raw_range_afterwards),
+        cmocka_unit_test(remap_tells_the_move_then_the_unmap),
+        cmocka_unit_test(an_unread_event_stops_every_fill),
+        cmocka_unit_test(faults_are_read_before_events),
+        cmocka_unit_test(changes_to_the_file_are_not_told),
+    };
+    return cmocka_run_group_tests_name("events", tests, NULL, NULL);
+}

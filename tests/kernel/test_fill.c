@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What UFFDIO_CONTINUE, COPY, ZEROPAGE and the range ioctls answer, in every case that memferry
+ * meets. */
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "lib/uffd.h"
+#include "lib/util.h"
+#include "tests/kernel/area.h"
+
+static void continue_stops_at_a_hole(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 8);
+    area_register(&area, BOTH_MODES);
+    for (size_t i = 0; i < 3; i++)
+        put(&area, i, 'a');
+    assert_int_equal(continue_pages(&area, 0, 8, &result), EAGAIN);
+    assert_int_equal(result, 3 * area.page_bytes);
+    uint64_t done_bytes = 99;
+    put(&area, 3, 'b');
+    assert_int_equal(
+        mf_uffd_continue(area.uffd, (uintptr_t)page_of(&area, 3), 2 * area.page_bytes, &done_bytes),
+        -EAGAIN);
+    assert_int_equal(done_bytes, area.page_bytes);
+    area_free(&area);
+}
+
+static void continue_stops_at_a_mapped_page(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 8);
+    area_register(&area, BOTH_MODES);
+    for (size_t i = 0; i < 8; i++)
+        put(&area, i, 'a');
+    assert_int_equal(continue_pages(&area, 5, 1, &result), 0);
+    assert_int_equal(result, area.page_bytes);
+    assert_int_equal(continue_pages(&area, 2, 6, &result), EAGAIN);
+    assert_int_equal(result, 3 * area.page_bytes);
+    area_free(&area);
+}
+
+static void continue_on_a_mapped_page_is_eexist(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    uint64_t done_bytes = 99;
+    area_make(&area, AREA_SHMEM, 2);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    put(&area, 1, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, &result), 0);
+    assert_int_equal(continue_pages(&area, 0, 2, &result), EEXIST);
+    assert_int_equal(result, -EEXIST);
+    assert_int_equal(
+        mf_uffd_continue(area.uffd, (uintptr_t)area.guest, area.page_bytes, &done_bytes), -EEXIST);
+    assert_int_equal(done_bytes, 0);
+    area_free(&area);
+}
+
+static void continue_on_a_hole_is_efault(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 2);
+    area_register(&area, BOTH_MODES);
+    assert_int_equal(continue_pages(&area, 0, 1, &result), EFAULT);
+    assert_int_equal(result, -EFAULT);
+    area_free(&area);
+}
+
+static void continue_outside_a_registration_is_enoent(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 8);
+    for (size_t i = 0; i < 8; i++)
+        put(&area, i, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, &result), ENOENT); /* not registered at all */
+    assert_int_equal(result, -ENOENT);
+    area_free(&area);
+}
+
+/** A mapping that ends: nothing is done even where the range begins well. */
+static void continue_across_the_end_is_enoent(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 8);
+    for (size_t i = 0; i < 8; i++)
+        put(&area, i, 'a');
+    /* Unmapped before it is registered: no event, so nobody has to read one. */
+    assert_int_equal(munmap(page_of(&area, 4), 4 * area.page_bytes), 0);
+    struct uffdio_register reg = {
+        .range = {.start = (uintptr_t)area.guest, .len = 4 * area.page_bytes}, .mode = BOTH_MODES};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_REGISTER, &reg), 0);
+    assert_int_equal(continue_pages(&area, 2, 4, &result), ENOENT);
+    assert_int_equal(result, -ENOENT);
+    assert_int_equal(continue_pages(&area, 5, 1, &result), ENOENT);
+    assert_int_equal(continue_pages(&area, 2, 2, &result), 0);
+    area_free(&area);
+}
+
+static void continue_beyond_the_file_is_einval(void **state)
+{
+    (void)state;
+    struct area area;
+    int64_t result;
+    area_make(&area, AREA_SHMEM, 8);
+    area_register(&area, BOTH_MODES);
+    assert_int_equal(ftruncate(area.file, (off_t)(4 * area.page_bytes)), 0);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 4, 1, &result), EINVAL);
+    area_free(&area);
+}
+
+static void zeropage_on_shmem(void **state)
+{
+    (void)state;
+    struct area area;
+    uint64_t done_bytes = 99;
+    area_make(&area, AREA_SHMEM, 8);
+    area_register(&area, BOTH_MODES);
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)area.guest, 4 * area.page_bytes, &done_bytes), 0);
+    assert_int_equal(done_bytes, 4 * area.page_bytes);
+    for (size_t i = 0; i < 4 * area.page_bytes; i++)
+        assert_int_equal(area.guest[i], 0);
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)area.guest, area.page_bytes, &done_bytes), -EEXIST);
+    assert_int_equal(done_bytes, 0);
+    /* A page that is in the file but not mapped is not overwritten: the zeros lose. */
+    put(&area, 6, 'a');
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)page_of(&area, 5), 3 * area.page_bytes, &done_bytes),
+        -EAGAIN);
+    assert_int_equal(done_bytes, area.page_bytes);
+    assert_int_equal(area.second[6 * area.page_bytes], 'a');
+    area_free(&area);
+}
+
+static void registering_what_another_owns_is_ebusy(void **state)
+{
+    (void)state;
+    struct area area;
+    struct mf_error err = {0};
+    area_make(&area, AREA_SHMEM, 2);
+    area_register(&area, BOTH_MODES);
+    cleanup_close int other = mf_uffd_open();
+    assert_int_equal(mf_uffd_api(other, MF_UFFD_FEATURES, 0, NULL, &err), 0);
+    assert_int_equal(mf_uffd_register(other, (uintptr_t)area.guest, area.length_bytes, &err),
+                     -EBUSY);
+    assert_non_null(strstr(err.text, "another program"));
+    area_free(&area);
+}
+
+/** A process that has ended: fills say ESRCH and leave the result field alone. */
+static void after_exit_fills_are_esrch(void **state)
+{
+    (void)state;
+    struct area area;
+    struct mf_error err;
+    area_make(&area, AREA_SHMEM, 2);
+    int ends[2];
+    assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        /* The child's own userfaultfd, over its own copy of the mapping. */
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        int fd = mf_uffd_open();
+        mf_uffd_api(fd, MF_UFFD_FEATURES, 0, NULL, NULL);
+        mf_uffd_register(fd, (uintptr_t)area.guest, area.length_bytes, NULL);
+        mf_write_all(ends[1], &fd, sizeof(fd));
+        for (;;)
+            pause();
+    }
+    int remote_fd, saved = area.uffd;
+    assert_int_equal(read(ends[0], &remote_fd, sizeof(remote_fd)), sizeof(remote_fd));
+    cleanup_close int pidfd = (int)syscall(SYS_pidfd_open, child, 0);
+    area.uffd = (int)syscall(SYS_pidfd_getfd, pidfd, remote_fd, 0);
+    assert_true(area.uffd >= 0);
+    int64_t result;
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, &result),
+                     0); /* works from outside while it lives */
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+
+    assert_int_equal(continue_pages(&area, 1, 1, &result), ESRCH);
+    assert_int_equal(result, 12345);
+    uint64_t done_bytes = 99;
+    assert_int_equal(
+        mf_uffd_continue(area.uffd, (uintptr_t)area.guest, area.page_bytes, &done_bytes), -ESRCH);
+    assert_int_equal(done_bytes, 0);
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)area.guest, area.page_bytes, &done_bytes), -ESRCH);
+    assert_int_equal(mf_uffd_register(area.uffd, (uintptr_t)area.guest, area.length_bytes, &err),
+                     -ENOMEM);
+    assert_int_equal(mf_uffd_wake(area.uffd, (uintptr_t)area.guest, area.length_bytes), 0);
+    assert_int_equal(mf_uffd_unregister(area.uffd, (uintptr_t)area.guest, area.length_bytes), 0);
+    assert_true(no_message(area.uffd)); /* and it never polls as hung up: a pidfd has to tell */
+    close(area.uffd);
+    area.uffd = saved;
+    close(ends[0]);
+    close(ends[1]);
+    area_free(&area);
+}
+
+int main(void)
+{
+    uint64_t features;
+    struct mf_error err;
+    if (mf_uffd_features(&features, &err) < 0 ||
+        (features & MF_UFFD_FEATURES) != MF_UFFD_FEATURES) {
+        fprintf(stderr, "skipped: userfaultfd with MINOR_SHMEM is not to be had here\n");
+        return 77;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(continue_stops_at_a_hole),
+        cmocka_unit_test(continue_stops_at_a_mapped_page),
+        cmocka_unit_test(continue_on_a_mapped_page_is_eexist),
+        cmocka_unit_test(continue_on_a_hole_is_efault),
+        cmocka_unit_test(continue_outside_a_registration_is_enoent),
+        cmocka_unit_test(continue_across_the_end_is_enoent),
+        cmocka_unit_test(continue_beyond_the_file_is_einval),
+        cmocka_unit_test(zeropage_on_shmem),
+        cmocka_unit_test(registering_what_another_owns_is_ebusy),
+        cmocka_unit_test(after_exit_fills_are_esrch),
+    };
+    return cmocka_run_group_tests_name("results of the fill ioctls", tests, NULL, NULL);
+}
