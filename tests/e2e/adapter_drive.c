@@ -508,7 +508,15 @@ static void case_sandbox(void)
     migrate_with(more, true);
 }
 
-enum point { BEFORE, STARTING, PAUSED, FINISHING, COMPLETED, DESTINATION_DEAD };
+enum point {
+    BEFORE,
+    STARTING,
+    PAUSED,
+    FINISHING,
+    COMPLETED,
+    DESTINATION_DEAD,
+    DESTINATION_STALLED
+};
 
 static void return_at(enum point point, bool runs)
 {
@@ -529,6 +537,8 @@ static void return_at(enum point point, bool runs)
         host_kill(&destination);
         wait_for(&destination, VMM_FAILED, "VMM_FAILED");
     }
+    if (there && point == DESTINATION_STALLED)
+        kill(destination.pid, SIGSTOP);
     if (there && point >= FINISHING)
         vmm_qemu.finish_outgoing(source.vmm);
     /* The destination has loaded and lives on: it must not hold the disk's lock before it runs. */
@@ -624,6 +634,10 @@ static void case_return_finishing(void)
 static void case_return_completed(void)
 {
     return_at(COMPLETED, true);
+}
+static void case_destination_stalled(void)
+{
+    return_at(DESTINATION_STALLED, true);
 }
 static void case_destination_dead(void)
 {
@@ -815,6 +829,7 @@ static const struct {
     {"return-finishing", case_return_finishing},
     {"return-completed", case_return_completed},
     {"destination-dead", case_destination_dead},
+    {"destination-stalled", case_destination_stalled},
     {"source-dead", case_source_dead},
     {"return-anytime", case_return_anytime},
     {"again", case_again},

@@ -4,7 +4,8 @@
  *
  *     start ─ configure, getfd, migrate ─► MIGRATING ─ MIGRATION pre-switchover ─► PAUSED
  *     finish ─ migrate-continue ─► FINISHING ─ MIGRATION completed ─► COMPLETED
- *     return ─ migrate_cancel, wait until QEMU's migration rests, cont if need be, restore settings
+ *     return ─ migrate_cancel (in FINISHING: its own end) ─ rest ─ cont if need be ─ restore
+ * settings
  *
  * The guest stands still from STOP to the destination's `cont`: between them nothing is asked, only
  * events and the one `migrate-continue` travel.
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #include "daemon/memferryd/qemu/qemu.h"
+#include "lib/util.h"
 
 #define PACE_MS 500u
 #define QUIT_MS 15000u
@@ -62,7 +64,7 @@ void outgoing_start(struct vmm *vmm, int device_fd)
     if (!vmm_take_fd(vmm, device_fd))
         return;
     vmm->phase = QEMU_STARTING;
-    vmm->stopped_told = vmm->migrate_sent = false;
+    vmm->stopped_told = vmm->migrate_sent = vmm->finish_sent = false;
     vmm->downtime_ms = QEMU_DOWNTIME_FIRST_MS;
     steps_run(vmm, start_steps, started);
 }
@@ -135,6 +137,7 @@ static void finish_sent(struct vmm *vmm, const struct mf_error *err)
 void outgoing_finish(struct vmm *vmm)
 {
     vmm->phase = QEMU_FINISHING;
+    vmm->finish_sent = true;
     steps_run(vmm, finish_steps, finish_sent);
 }
 
@@ -208,20 +211,46 @@ static void nudge(struct vmm *vmm)
 }
 
 /* QEMU's migration is over one way or the other, or was never begun. */
+static bool is_at_rest(const char *status)
+{
+    static const char *const states[] = {"none", "cancelled", "failed", "completed"};
+    for (size_t i = 0; status && i < sizeof(states) / sizeof(states[0]); i++)
+        if (strcmp(status, states[i]) == 0)
+            return true;
+    return status == NULL;
+}
+
 static int at_rest(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)
 {
     (void)error;
     (void)err;
-    static const char *const states[] = {"none", "cancelled", "failed", "completed"};
     const char *status = json_string_value(json_object_get(value, "status"));
-    if (!status)
+    if (is_at_rest(status))
         return STEP_NEXT;
-    for (size_t i = 0; i < sizeof(states) / sizeof(states[0]); i++)
-        if (strcmp(status, states[i]) == 0)
-            return STEP_NEXT;
     if (strcmp(status, "cancelling") == 0 && ++vmm->cancel_waits % NUDGE_WAITS == 0)
         nudge(vmm);
     return STEP_WAIT;
+}
+
+/* Once the device state is on its way the migration shall rather end by itself, well or badly,
+ * within milliseconds: QEMU 7.2, cancelled in that state, at times goes on running the guest with
+ * its disks inactivated, and the guest's next write (or the next migration) then ends it by an
+ * assertion. Only a stalled peer makes this wait long. */
+#define OWN_END_NS UINT64_C(3000000000)
+
+static bool if_finish_sent(struct vmm *vmm, json_t **out)
+{
+    (void)out;
+    return vmm->finish_sent;
+}
+
+static int ended_by_itself(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)
+{
+    (void)error;
+    (void)err;
+    bool late = mf_now_ns() - vmm->return_since_ns > OWN_END_NS;
+    return late || is_at_rest(json_string_value(json_object_get(value, "status"))) ? STEP_NEXT
+                                                                                   : STEP_WAIT;
 }
 
 /* What the guest does now. The run state is set a moment after the migration's status: until then
@@ -235,7 +264,8 @@ static int run_state(struct vmm *vmm, json_t *value, const char *error, struct m
         return STEP_WAIT;
     bool running = json_is_true(json_object_get(value, "running")) ||
                    (state && strcmp(state, "suspended") == 0);
-    vmm->must_continue = vmm->info.was_running && !running;
+    /* `cont` also activates the disks, which is no harm where they are active. */
+    vmm->must_continue = vmm->info.was_running && (!running || vmm->finish_sent);
     return STEP_NEXT;
 }
 
@@ -260,6 +290,10 @@ static bool undo_parameters(struct vmm *vmm, json_t **out)
 /* The settings may be refused for a moment: QEMU's migration thread ends a little after its status
  * says so, and until then "a migration is in progress". */
 static const struct qemu_step return_steps[] = {
+    {.command = "query-migrate",
+     .what = "come to the end of its migration",
+     .arguments = if_finish_sent,
+     .done = ended_by_itself},
     {.command = "migrate_cancel",
      .what = "cancel its migration",
      .arguments = if_migrate_sent,
@@ -296,6 +330,7 @@ static void returned(struct vmm *vmm, const struct mf_error *err)
     }
     settings_change_clear(&vmm->capabilities);
     settings_change_clear(&vmm->parameters);
+    vmm->migrate_sent = vmm->finish_sent = false;
     vmm->phase = QEMU_READY;
     vmm_tell(vmm, VMM_RETURNED, NULL);
 }
@@ -304,6 +339,7 @@ void outgoing_return(struct vmm *vmm)
 {
     vmm->phase = QEMU_RETURNING;
     vmm->cancel_waits = 0;
+    vmm->return_since_ns = mf_now_ns();
     event_del(vmm->pace);
     vmm_drop_fd(vmm);
     steps_run(vmm, return_steps, returned);

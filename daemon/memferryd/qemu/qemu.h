@@ -107,7 +107,8 @@ struct vmm {
     struct qemu_change capabilities, parameters;
     bool stopped_told;
     bool must_continue; /* return_guest: the guest stands still and shall run */
-    bool migrate_sent;
+    bool migrate_sent, finish_sent;
+    uint64_t return_since_ns;
     unsigned cancel_waits; /* how often a cancelled migration was found still ending */
     unsigned downtime_ms;
     struct event *pace; /* raises the downtime limit; guards quit */
