@@ -79,6 +79,33 @@ static int wait_for(struct io_uring *ring)
     return result;
 }
 
+#define POLL_TAG 7
+
+static void start_poll(struct io_uring *ring, int uffd)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+    io_uring_prep_poll_multishot(sqe, uffd, POLLIN);
+    io_uring_sqe_set_data64(sqe, POLL_TAG);
+    assert_int_equal(io_uring_submit(ring), 1);
+}
+
+/** cancel_poll() - and see both the poll and the cancellation complete. */
+static void cancel_poll(struct io_uring *ring)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+    io_uring_prep_poll_remove(sqe, POLL_TAG);
+    io_uring_sqe_set_data64(sqe, POLL_TAG + 1);
+    assert_int_equal(io_uring_submit(ring), 1);
+    int result;
+    do {
+        result = wait_for(ring);
+    } while (result > 0); /* a poll result that was on its way */
+    if (result == -ECANCELED)
+        assert_int_equal(wait_for(ring), 0);
+    else
+        assert_int_equal(wait_for(ring), -ECANCELED);
+}
+
 static void io_uring_polls_a_userfaultfd(void **state)
 {
     (void)state;
@@ -87,8 +114,7 @@ static void io_uring_polls_a_userfaultfd(void **state)
     area_make(&area, AREA_SHMEM, PAGES);
     area_register(&area, BOTH_MODES);
     assert_int_equal(io_uring_queue_init(8, &ring, 0), 0);
-    io_uring_prep_poll_multishot(io_uring_get_sqe(&ring), area.uffd, POLLIN);
-    assert_int_equal(io_uring_submit(&ring), 1);
+    start_poll(&ring, area.uffd);
     for (size_t i = 0; i < 3; i++) {
         struct actor reader = {.act = ACT_READ, .at = page_of(&area, i)};
         actor_start(&reader);
@@ -100,6 +126,31 @@ static void io_uring_polls_a_userfaultfd(void **state)
         assert_int_equal(continue_pages(&area, i, 1, NULL), 0);
         actor_finish(&reader);
     }
+    cancel_poll(&ring);
+    io_uring_queue_exit(&ring);
+    area_free(&area);
+}
+
+/** A poll that is under way counts as a user of the userfaultfd: closing the descriptor does not
+ * end it. */
+static void a_poll_under_way_holds_a_reference(void **state)
+{
+    (void)state;
+    struct area area;
+    struct io_uring ring;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    assert_int_equal(io_uring_queue_init(8, &ring, 0), 0);
+    start_poll(&ring, area.uffd);
+    struct actor reader = {.act = ACT_READ, .at = page_of(&area, 0)};
+    actor_start(&reader);
+    assert_int_equal(wait_for(&ring) & POLLIN, POLLIN);
+    close(area.uffd);
+    area.uffd = -1;
+    assert_true(actor_waits(&reader));
+    cancel_poll(&ring);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 0);
     io_uring_queue_exit(&ring);
     area_free(&area);
 }
@@ -163,6 +214,7 @@ int main(void)
         cmocka_unit_test(reading_a_hole_through_a_mapping_allocates_it),
         cmocka_unit_test(seek_tells_data_from_holes),
         cmocka_unit_test(io_uring_polls_a_userfaultfd),
+        cmocka_unit_test(a_poll_under_way_holds_a_reference),
         cmocka_unit_test(io_uring_receives_into_a_hole),
     };
     return cmocka_run_group_tests_name("files and io_uring", tests, NULL, NULL);
