@@ -194,7 +194,14 @@ static void on_accept(struct evconnlistener *accepting, evutil_socket_t fd,
     const int one = 1;
     (void)accepting;
     (void)length;
-    struct guest *g = listener->guest_count < GUESTS_MAX ? calloc(1, sizeof(*g)) : NULL;
+    /* Whoever sends nothing must not keep those out who do: the oldest makes room. */
+    if (listener->guest_count == GUESTS_MAX) {
+        struct guest *oldest = listener->guests;
+        while (oldest->next)
+            oldest = oldest->next;
+        drop(oldest);
+    }
+    struct guest *g = calloc(1, sizeof(*g));
     if (!g) {
         close((int)fd);
         return;

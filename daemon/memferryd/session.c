@@ -333,7 +333,14 @@ void session_cancel(struct daemon *daemon, const char *name, struct session_wait
     }
     wait_in(&s->cancel_waiters, waiter);
     if (s->starting) {
-        session_reject(s, "%s was cancelled before it began", name);
+        /* Nothing was touched yet but the destination's userfaultfd, which goes again. */
+        s->starting = false;
+        s->state = MF_CANCELLED;
+        session_set_reason(s, "cancelled before it began");
+        session_end(s);
+        tell_all(s, &s->start_waiters, s, "cancelled before it began", 1);
+        session_tell_cancelled(s, NULL);
+        session_changed(s);
         return;
     }
     session_event(s, MF_EV_CANCEL);
