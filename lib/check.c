@@ -61,11 +61,11 @@ static void verdict(struct mf_check *row, enum mf_check_state state, const char 
 /** read_number() - the first number in a file, or -1. */
 static long read_number(const char *path)
 {
-    long value = -1;
+    long value;
     cleanup_fclose FILE *f = fopen(path, "re");
-    if (f && fscanf(f, "%ld", &value) != 1)
-        value = -1;
-    return value;
+    if (!f)
+        return -1;
+    return fscanf(f, "%ld", &value) == 1 ? value : -1;
 }
 
 /* --------------------------------------------------------------------------- kernel, userfaultfd
@@ -204,7 +204,7 @@ static void check_feature(struct mf_check *row, uint64_t feature)
 static void check_pagemap_scan(struct mf_check *row, uint64_t unused)
 {
     (void)unused;
-    char page;
+    volatile char page = 1; /* written, hence present */
     struct page_region region;
     uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t start = (uintptr_t)&page & ~(page_bytes - 1);
@@ -216,7 +216,6 @@ static void check_pagemap_scan(struct mf_check *row, uint64_t unused)
                               .category_mask = PAGE_IS_PRESENT,
                               .return_mask = PAGE_IS_PRESENT};
     cleanup_close int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    page = 1; /* present from here on */
     if (fd >= 0 && ioctl(fd, PAGEMAP_SCAN, &arg) == 1) {
         found(row, "yes");
         return;
@@ -334,7 +333,6 @@ static void check_map_files(struct mf_check *row, uint64_t unused)
 {
     (void)unused;
     size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
-    char path[96];
     cleanup_close int memory = memfd_create("memferry-check", MFD_CLOEXEC);
     void *at = MAP_FAILED;
     if (memory >= 0 && ftruncate(memory, (off_t)page_bytes) == 0)
@@ -342,6 +340,7 @@ static void check_map_files(struct mf_check *row, uint64_t unused)
     int code = errno;
     cleanup_close int fd = -1;
     if (at != MAP_FAILED) {
+        char path[96];
         /* A neighbour of the same file would be merged into one entry; a fresh memfd has none. */
         snprintf(path, sizeof(path), "/proc/self/map_files/%lx-%lx", (unsigned long)(uintptr_t)at,
                  (unsigned long)((uintptr_t)at + page_bytes));

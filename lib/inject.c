@@ -207,14 +207,13 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
     size_t seized_count = 0;
     char name[64];
     uint64_t start_ns = mf_now_ns();
-    int refusal = 0; /* -errno of the last thread that would not have us; its sentence is in err */
 
     mf_target_comm(call->pid, name, sizeof(name));
     do {
         size_t count = list_threads(call->pid, threads);
         if (count == 0 || has_ended(call->pidfd, 0))
             return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, call->pid);
-        refusal = 0;
+        int refusal = 0; /* of the last thread that would not have us; its sentence is in err */
         for (size_t i = 0; i <= count; i++) {
             bool last = i == count || seized_count == SEIZED_MAX;
             if (!last) {
@@ -240,7 +239,8 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
             pid_t tid = first_stopped(seized, &seized_count, last ? left_ns : NEXT_THREAD_NS);
             if (tid) {
                 int rc = run_in(call, tid, result, err);
-                if (rc != -EAGAIN)
+                /* A thread may end while its process goes on. */
+                if (rc != -EAGAIN && (rc != -ESRCH || has_ended(call->pidfd, 0)))
                     return rc;
             }
             if (last)

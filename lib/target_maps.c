@@ -9,6 +9,7 @@
 
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -210,10 +211,12 @@ void mf_target_comm(pid_t pid, char *out, size_t size)
 {
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/comm", pid);
-    cleanup_fclose FILE *f = fopen(path, "re");
-    if (f && size <= INT32_MAX && fgets(out, (int)size, f) && out[0] != '\n') {
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd >= 0 ? read(fd, out, size - 1) : -1;
+    if (length > 1) {
+        out[length] = '\0';
         out[strcspn(out, "\n")] = '\0';
-        return;
+    } else {
+        snprintf(out, size, "pid %d", pid);
     }
-    snprintf(out, size, "pid %d", pid);
 }

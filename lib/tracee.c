@@ -129,16 +129,27 @@ static bool is_dead(pid_t pid, pid_t tid)
     return !status_value(pid, tid, "State:", state, sizeof(state)) || strchr("ZXx", state[0]);
 }
 
+/** yama_scope() - kernel.yama.ptrace_scope, 0 on a kernel without Yama. */
+static int yama_scope(void)
+{
+    int scope;
+    cleanup_fclose FILE *f = fopen("/proc/sys/kernel/yama/ptrace_scope", "re");
+    if (!f)
+        return 0;
+    return fscanf(f, "%d", &scope) == 1 ? scope : 0;
+}
+
 int mf_tracee_seize(pid_t pid, pid_t tid, struct mf_error *err)
 {
     if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(uintptr_t)PTRACE_O_TRACESYSGOOD) != 0) {
         int code = errno;
-        char name[64], other_name[64];
+        char name[64];
         mf_target_comm(pid, name, sizeof(name));
         if (code == ESRCH || is_dead(pid, tid))
             return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, pid);
         long tracer = status_number(pid, tid, "TracerPid:");
         if (tracer > 0) {
+            char other_name[64];
             mf_target_comm((pid_t)tracer, other_name, sizeof(other_name));
             return mf_fail(
                 err, EPERM,
@@ -146,9 +157,8 @@ int mf_tracee_seize(pid_t pid, pid_t tid, struct mf_error *err)
                 "debugger or tracer and try again",
                 name, pid, other_name, tracer);
         }
-        cleanup_fclose FILE *yama = fopen("/proc/sys/kernel/yama/ptrace_scope", "re");
-        int scope = 0;
-        if (yama && fscanf(yama, "%d", &scope) == 1 && scope == 3)
+        int scope = yama_scope();
+        if (scope == 3)
             return mf_fail(
                 err, EPERM,
                 "cannot attach to %s (pid %d): Yama forbids ptrace on this host until it is "

@@ -332,6 +332,55 @@ static void survives_death_in_between(void **state)
     }
 }
 
+/** untraced() - has no thread of @pid a tracer? */
+static bool untraced(pid_t pid)
+{
+    char path[64], line[128];
+    snprintf(path, sizeof(path), "/proc/%d/task", pid);
+    cleanup_closedir DIR *dir = opendir(path);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        char status[384];
+        snprintf(status, sizeof(status), "%s/%s/status", path, entry->d_name);
+        cleanup_fclose FILE *f = fopen(status, "re");
+        while (f && fgets(line, sizeof(line), f)) {
+            if (strncmp(line, "TracerPid:", 10) == 0 && strtol(line + 10, NULL, 10) != 0)
+                return false;
+        }
+    }
+    return true;
+}
+
+/** memferryd may be killed at any moment: the helper puts everything right without it. */
+static void survives_the_death_of_who_asked(void **state)
+{
+    (void)state;
+    struct child child;
+    start_victim(&child, "calls,nanosleep,registers");
+    prctl(PR_SET_CHILD_SUBREAPER, 1); /* so that the orphaned helpers are ours to reap */
+    for (unsigned i = 0; i < rounds / 2; i++) {
+        pid_t asker = fork();
+        if (asker == 0) {
+            int remote_fd;
+            mf_inject_userfaultfd(child.pid, child.pidfd, &remote_fd, NULL);
+            _exit(0);
+        }
+        nanosleep(&(struct timespec){.tv_nsec = (long)(i * 70000 % 2000000)}, NULL);
+        kill(asker, SIGKILL);
+        waitpid(asker, NULL, 0);
+        /* All that is left to wait for are the helpers and the victim. */
+        siginfo_t info = {0};
+        do {
+            info.si_pid = 0;
+            waitpid(-1, NULL, WNOHANG);
+        } while (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+                 (info.si_pid != 0 || !untraced(child.pid)));
+    }
+    prctl(PR_SET_CHILD_SUBREAPER, 0);
+    finish(&child);
+    while (waitpid(-1, NULL, 0) > 0)
+        ;
+}
+
 static void refuses_one_traced_by_another(void **state)
 {
     (void)state;
@@ -439,6 +488,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(survives_stops_in_between, leaves_nothing_behind),
         cmocka_unit_test_teardown(refuses_the_gone, leaves_nothing_behind),
         cmocka_unit_test_teardown(survives_death_in_between, leaves_nothing_behind),
+        cmocka_unit_test_teardown(survives_the_death_of_who_asked, leaves_nothing_behind),
         cmocka_unit_test_teardown(refuses_one_traced_by_another, leaves_nothing_behind),
         cmocka_unit_test_teardown(passes_through_qemus_sandbox, leaves_nothing_behind),
     };
