@@ -2,9 +2,12 @@
 /*
  * Running one system call inside a process that knows nothing of it, by ptrace(2).
  *
- * Theory of operation is at the top of inject.c. No byte of the target's memory is written: an existing
- * `syscall` instruction is executed by one stopped thread with borrowed registers. The thread is stopped
- * for well under a millisecond. Needs CAP_SYS_PTRACE. Only userfaultfd(2) and close(2) are ever injected.
+ * Theory of operation is at the top of inject.c. No byte of the target's memory is written: an
+ * existing `syscall` instruction is executed by one stopped thread with borrowed registers. The
+ * thread is stopped for well under a millisecond. Needs CAP_SYS_PTRACE, and CAP_SYS_ADMIN where the
+ * target runs under a seccomp filter (QEMU's -sandbox on); the caller itself must not run under one
+ * then. Injecting starts a short-lived child process and waits for it, 10 s at most. Only
+ * userfaultfd(2) and close(2) are ever injected.
  */
 #pragma once
 
@@ -20,7 +23,8 @@
  *             mf_inject_close.
  * O_CLOEXEC | O_NONBLOCK, not USER_MODE_ONLY (KVM faults come from the kernel).
  * Return: our duplicate (O_CLOEXEC, owned by the caller), or -errno with a sentence (-EPERM: Yama,
- * a security module, already traced by a debugger; -ETIMEDOUT: no thread could be stopped within 2 s).
+ * a security module, already traced by a debugger; -ETIMEDOUT: no thread could be stopped within 2
+ * s).
  */
 int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err);
 
@@ -31,7 +35,7 @@ int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error 
 int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err);
 
 /**
- * mf_uffd_find() - fetch again a userfaultfd left open in a target: what a restarted daemon does.
+ * mf_uffd_fetch() - fetch again a userfaultfd left open in a target: what a restarted daemon does.
  * @remote_fd: its number there. Return: our duplicate, or -errno (-EBADF: no such userfaultfd).
  */
 int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err);

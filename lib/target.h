@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What a target process maps: /proc/PID/maps (proc_pid_maps(5)) read into mappings, and the RAM files
- * behind them opened as regions. Run by memferryd, with CAP_SYS_PTRACE and CAP_SYS_ADMIN (for
+ * What a target process maps: /proc/PID/maps (proc_pid_maps(5)) read into mappings, and the RAM
+ * files behind them opened as regions. Run by memferryd, with CAP_SYS_PTRACE and CAP_SYS_ADMIN (for
  * /proc/PID/map_files). Nothing here changes the target.
  */
 #pragma once
@@ -33,7 +33,8 @@ enum mf_memory_kind { MF_MEMORY_TMPFS, MF_MEMORY_HUGETLB, MF_MEMORY_DAX, MF_MEMO
 struct mf_region_source {
     char name[64];
     uint64_t size_bytes;
-    uint32_t page_bytes; /**< 4096 on tmpfs (also with transparent huge pages), the huge page size on hugetlbfs */
+    uint32_t page_bytes; /**< 4096 on tmpfs (also with transparent huge pages), the huge page size
+                            on hugetlbfs */
     enum mf_memory_kind kind;
     int fd; /**< opened through /proc/PID/map_files; -1 when empty */
     dev_t device;
@@ -62,8 +63,9 @@ int mf_target_vmas(pid_t pid, struct mf_vma **out, size_t *count, struct mf_erro
  * mf_target_region() - find the RAM file of one memory backend and open it.
  * @vmas:     of the target, from mf_target_vmas.
  * @name:     the region's name (the backend's id).
- * @mem_path: as the VMM says it: a file or a directory, in the target's mount namespace. A file that
- *            was deleted meanwhile is still found.
+ * @mem_path: as the VMM says it: a file or a directory, in the target's mount namespace. A file
+ * that was deleted meanwhile is still found. NULL or "": the memory is a memfd, told from others by
+ * its size.
  * @writable: open O_RDWR (destination), else O_RDONLY (source).
  * Refuses, naming the cause and the remedy: no shared mapping of such a file; size that differs;
  * anything that is neither tmpfs nor hugetlbfs (fs-dax by name).
@@ -75,22 +77,23 @@ int mf_target_region(pid_t pid, const struct mf_vma *vmas, size_t count, const c
 
 /**
  * mf_target_mappings() - the target's mappings of all regions, neighbours merged.
- * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when a
- * region is mapped MAP_PRIVATE too.
+ * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when
+ * a region is mapped MAP_PRIVATE too.
  */
-int mf_target_mappings(const struct mf_vma *vmas, size_t count, const struct mf_region_source *regions,
-                       unsigned region_count, struct mf_mapping *out, unsigned max,
-                       struct mf_error *err);
+int mf_target_mappings(const struct mf_vma *vmas, size_t count,
+                       const struct mf_region_source *regions, unsigned region_count,
+                       struct mf_mapping *out, unsigned max, struct mf_error *err);
 
 /**
- * mf_target_foreign() - does a process other than @pid (and the caller itself) map one of the regions?
- * A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps that is readable.
- * Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or -errno.
+ * mf_target_foreign() - does a process other than @pid (and the caller itself) map one of the
+ * regions? A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps that is
+ * readable. Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or -errno.
  */
 int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigned region_count,
                       char *who, size_t who_size);
 
-/** mf_target_vfio() - has the target VFIO or vDPA devices open (/proc/PID/fd)? Return: 1, 0 or -errno. */
+/** mf_target_vfio() - has the target VFIO or vDPA devices open (/proc/PID/fd)? Return: 1, 0 or
+ * -errno. */
 int mf_target_vfio(pid_t pid);
 
 /** mf_target_comm() - the process's name for messages, "pid N" if unreadable. */
@@ -98,7 +101,8 @@ void mf_target_comm(pid_t pid, char *out, size_t size);
 
 /**
  * mf_memory_available() - how much a RAM file's file system can still take, in bytes: on tmpfs the
- * smaller of its free space and MemAvailable of /proc/meminfo, on hugetlbfs the free huge pages of that size.
+ * smaller of its free space and MemAvailable of /proc/meminfo, on hugetlbfs the free huge pages of
+ * that size.
  * @fd: of the RAM file. Return: 0 or -errno.
  */
 int mf_memory_available(int fd, uint64_t *available_bytes);

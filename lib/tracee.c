@@ -57,12 +57,6 @@
 #define PTRACE_EVENT_STOP 128
 #endif
 
-/** A thread that is not run by the kernel for this long is left alone. */
-#define RUN_LIMIT_NS 2000000000u
-
-/** Time spent asking without sleeping: a stop normally takes a few tens of microseconds. */
-#define SPIN_NS 200000u
-
 enum stop { STOP_NOT_YET, STOP_SYSCALL, STOP_EVENT, STOP_SIGNAL, STOP_GONE };
 
 /** next_stop() - ask once, without blocking; @signal is set for STOP_SIGNAL. */
@@ -80,24 +74,6 @@ static enum stop next_stop(pid_t tid, int *signal)
         return STOP_SYSCALL;
     *signal = WSTOPSIG(status);
     return STOP_SIGNAL;
-}
-
-/** await_stop() - next_stop() until there is one, or @limit_ns has passed (0: without limit). */
-static enum stop await_stop(pid_t tid, int *signal, uint64_t limit_ns)
-{
-    uint64_t start_ns = mf_now_ns();
-    for (;;) {
-        enum stop stop = next_stop(tid, signal);
-        if (stop != STOP_NOT_YET)
-            return stop;
-        uint64_t waited_ns = mf_now_ns() - start_ns;
-        if (limit_ns && waited_ns > limit_ns)
-            return STOP_NOT_YET;
-        if (waited_ns < SPIN_NS)
-            sched_yield();
-        else
-            nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
-    }
 }
 
 /** status_value() - what follows @key in a thread's status file. Return: false if there is none. */
@@ -202,6 +178,30 @@ int mf_tracee_stopped(pid_t tid)
 #if defined(__x86_64__)
 
 #define CS_64BIT 0x33
+
+/** A thread that is not run by the kernel for this long is left alone. */
+#define RUN_LIMIT_NS 2000000000u
+
+/** Time spent asking without sleeping: a stop normally takes a few tens of microseconds. */
+#define SPIN_NS 200000u
+
+/** await_stop() - next_stop() until there is one, or @limit_ns has passed (0: without limit). */
+static enum stop await_stop(pid_t tid, int *signal, uint64_t limit_ns)
+{
+    uint64_t start_ns = mf_now_ns();
+    for (;;) {
+        enum stop stop = next_stop(tid, signal);
+        if (stop != STOP_NOT_YET)
+            return stop;
+        uint64_t waited_ns = mf_now_ns() - start_ns;
+        if (limit_ns && waited_ns > limit_ns)
+            return STOP_NOT_YET;
+        if (waited_ns < SPIN_NS)
+            sched_yield();
+        else
+            nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+    }
+}
 
 static const unsigned char syscall_instruction[2] = {0x0f, 0x05};
 
