@@ -312,10 +312,11 @@ static void check_attach(struct mf_check *row, uint64_t filtered)
     }
     found(row, "%s", err.text);
     if (filtered) {
-        verdict(
-            row, MF_CHECK_LIMITED,
-            "VMs under a seccomp filter (QEMU's -sandbox on) can't be received: memferryd needs "
-            "CAP_SYS_ADMIN and must not run under a seccomp filter itself");
+        verdict(row, MF_CHECK_LIMITED,
+                "VMMs other than QEMU can't be received when they run under a seccomp filter: "
+                "memferryd "
+                "needs CAP_SYS_ADMIN and must not run under a filter itself (SystemCallFilter= in "
+                "its unit)");
         return;
     }
     long scope = read_number("/proc/sys/kernel/yama/ptrace_scope");

@@ -4,10 +4,10 @@
  *
  * Theory of operation is at the top of inject.c. No byte of the target's memory is written: an
  * existing `syscall` instruction is executed by one stopped thread with borrowed registers. The
- * thread is stopped for well under a millisecond. Needs CAP_SYS_PTRACE, and CAP_SYS_ADMIN where the
- * target runs under a seccomp filter (QEMU's -sandbox on); the caller itself must not run under one
- * then. Injecting starts a short-lived child process and waits for it, 10 s at most. Only
- * userfaultfd(2) and close(2) are ever injected.
+ * thread is stopped for well under a millisecond. Needs CAP_SYS_PTRACE; where the
+ * target runs under a seccomp filter and is no QEMU, CAP_SYS_ADMIN too, and no filter of one's own.
+ * Injecting starts a short-lived child process and waits for it, 10 s at most. Only userfaultfd(2)
+ * and close(2) are ever injected.
  */
 #pragma once
 

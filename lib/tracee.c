@@ -26,8 +26,10 @@
  * there is one.
  *
  * A seccomp filter of the target may answer a call it does not know by killing the process. It is
- * suspended for the one call (PTRACE_O_SUSPEND_SECCOMP); where that is not permitted the attempt is
- * given up rather than risked.
+ * suspended for the one call (PTRACE_O_SUSPEND_SECCOMP), which takes CAP_SYS_ADMIN and a tracer
+ * without a filter of its own; where that is not to be had, the attempt is given up rather than
+ * risked. QEMU is the exception: its filter (-sandbox) lists what is forbidden, and can't list
+ * userfaultfd, which QEMU's own postcopy uses, nor close.
  *
  * A thread between system calls may stand in a restartable sequence (rseq(2)): the kernel would
  * take the borrowed rip for "it has left the sequence" and not abort it later. Such a thread is let
@@ -288,13 +290,26 @@ static void release_from_exit(pid_t tid, struct saved *saved)
     detach(tid, stop == STOP_SIGNAL ? signal : 0);
 }
 
+/** is_qemu() - by its program file: its own name can be set to anything (-name process=). */
+static bool is_qemu(pid_t pid)
+{
+    char path[64], program[512];
+    snprintf(path, sizeof(path), "/proc/%d/exe", pid);
+    ssize_t length = readlink(path, program, sizeof(program) - 1);
+    if (length <= 0)
+        return false;
+    program[length] = '\0';
+    const char *slash = strrchr(program, '/');
+    return strncmp(slash ? slash + 1 : program, "qemu", 4) == 0;
+}
+
 /** suspend_seccomp() - see the top. Return: 0, or -EACCES with a sentence. */
 static int suspend_seccomp(pid_t pid, pid_t tid, struct mf_error *err)
 {
     if (status_number(pid, tid, "Seccomp:") <= 0)
         return 0;
     uintptr_t options = PTRACE_O_TRACESYSGOOD | PTRACE_O_SUSPEND_SECCOMP;
-    if (ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)options) == 0)
+    if (ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)options) == 0 || is_qemu(pid))
         return 0;
     int code = errno;
     char name[64];

@@ -6,6 +6,9 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -332,20 +335,29 @@ static void survives_death_in_between(void **state)
     }
 }
 
+/** status_line() - the number after @key in the status of a thread, or -1. */
+static long status_line(pid_t tid, const char *key)
+{
+    char path[64], line[256];
+    snprintf(path, sizeof(path), "/proc/%d/status", tid);
+    cleanup_fclose FILE *f = fopen(path, "re");
+    while (f && fgets(line, sizeof(line), f)) {
+        if (strncmp(line, key, strlen(key)) == 0)
+            return strtol(line + strlen(key), NULL, 10);
+    }
+    return -1;
+}
+
 /** untraced() - has no thread of @pid a tracer? */
 static bool untraced(pid_t pid)
 {
-    char path[64], line[128];
+    char path[64];
     snprintf(path, sizeof(path), "/proc/%d/task", pid);
     cleanup_closedir DIR *dir = opendir(path);
     for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char status[384];
-        snprintf(status, sizeof(status), "%s/%s/status", path, entry->d_name);
-        cleanup_fclose FILE *f = fopen(status, "re");
-        while (f && fgets(line, sizeof(line), f)) {
-            if (strncmp(line, "TracerPid:", 10) == 0 && strtol(line + 10, NULL, 10) != 0)
-                return false;
-        }
+        pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
+        if (tid > 0 && status_line(tid, "TracerPid:") > 0)
+            return false;
     }
     return true;
 }
@@ -413,37 +425,103 @@ static void refuses_one_traced_by_another(void **state)
     finish(&child);
 }
 
+static const char qemu_path[] = "/usr/bin/qemu-system-x86_64";
+
+static void start_qemu(struct child *child)
+{
+    static const char sandbox[] =
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    start(child, (char *const[]){(char *)(uintptr_t)qemu_path, "-nodefaults", "-display", "none",
+                                 "-accel", "tcg", "-m", "64", "-smp", "2", "-S", "-sandbox",
+                                 (char *)(uintptr_t)sandbox, "-qmp", "stdio", NULL});
+    char line[512];
+    assert_true(read(child->out, line, sizeof(line)) > 0); /* QMP's greeting: it is up */
+}
+
+static void quit_qemu(struct child *child)
+{
+    static const char quit[] = "{\"execute\":\"qmp_capabilities\"}{\"execute\":\"quit\"}";
+    int status = -1;
+    assert_int_equal(mf_write_all(child->in, quit, sizeof(quit) - 1), 0);
+    assert_int_equal(waitpid(child->pid, &status, 0), child->pid);
+    assert_int_equal(status, 0);
+    close(child->in);
+    close(child->out);
+    close(child->pidfd);
+}
+
 static void passes_through_qemus_sandbox(void **state)
 {
     (void)state;
-    static const char qemu[] = "/usr/bin/qemu-system-x86_64";
-    if (access(qemu, X_OK) != 0) {
-        print_message("skipped: %s is not installed\n", qemu);
+    if (access(qemu_path, X_OK) != 0) {
+        print_message("skipped: %s is not installed\n", qemu_path);
         skip();
     }
     struct child child;
     int remote_fd;
-    start(&child,
-          (char *const[]){(char *)(uintptr_t)qemu, "-nodefaults", "-display", "none", "-accel",
-                          "tcg", "-m", "64", "-smp", "2", "-S", "-sandbox",
-                          "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-                          "-qmp", "stdio", NULL});
-    char line[512];
-    assert_true(read(child.out, line, sizeof(line)) > 0); /* QMP's greeting: it is up */
+    start_qemu(&child);
     for (unsigned i = 0; i < rounds; i++) {
         close(inject(&child, &remote_fd));
         assert_int_equal(count_userfaultfds(child.pid), 1);
         assert_int_equal(mf_inject_close(child.pid, remote_fd, NULL), 0);
     }
     assert_int_equal(count_userfaultfds(child.pid), 0);
-    static const char quit[] = "{\"execute\":\"qmp_capabilities\"}{\"execute\":\"quit\"}";
+    quit_qemu(&child);
+}
+
+static int allow_everything(void)
+{
+    struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog program = {.len = 1, .filter = &allow};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
+
+/** As a hardened service, which can't suspend the target's filter: QEMU's is known, another's is
+ * not. */
+static void under_a_filter_of_its_own_takes_only_qemu(void **state)
+{
+    (void)state;
+    struct child filtered = {.pid = fork()};
+    if (filtered.pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (allow_everything() != 0)
+            _exit(1);
+        for (;;)
+            pause();
+    }
+    filtered.pidfd = (int)syscall(SYS_pidfd_open, filtered.pid, 0);
+    bool have_qemu = access(qemu_path, X_OK) == 0;
+    struct child qemu;
+    if (have_qemu)
+        start_qemu(&qemu);
+
+    /* From a child, since a filter is for good; its exit status tells what went wrong. */
+    pid_t asker = fork();
+    if (asker == 0) {
+        int remote_fd;
+        struct mf_error err = {0};
+        while (status_line(filtered.pid, "Seccomp:") != SECCOMP_MODE_FILTER)
+            sched_yield();
+        int fd = mf_inject_userfaultfd(filtered.pid, filtered.pidfd, &remote_fd, &err);
+        bool could = fd >= 0 && mf_inject_close(filtered.pid, remote_fd, NULL) == 0;
+        if (!could || allow_everything() != 0)
+            _exit(1); /* without a filter of ours it must work */
+        fd = mf_inject_userfaultfd(filtered.pid, filtered.pidfd, &remote_fd, &err);
+        if (fd != -EACCES || !strstr(err.text, "seccomp filter"))
+            _exit(2);
+        if (have_qemu && mf_inject_userfaultfd(qemu.pid, qemu.pidfd, &remote_fd, &err) < 0)
+            _exit(3);
+        _exit(0);
+    }
     int status = -1;
-    assert_int_equal(mf_write_all(child.in, quit, sizeof(quit) - 1), 0);
-    assert_int_equal(waitpid(child.pid, &status, 0), child.pid);
+    waitpid(asker, &status, 0);
+    kill(filtered.pid, SIGKILL);
+    waitpid(filtered.pid, NULL, 0);
+    close(filtered.pidfd);
+    if (have_qemu)
+        quit_qemu(&qemu);
     assert_int_equal(status, 0);
-    close(child.in);
-    close(child.out);
-    close(child.pidfd);
 }
 
 /** Nothing of ours may remain: no child, hence no helper, and no descriptor. */
@@ -491,6 +569,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(survives_the_death_of_who_asked, leaves_nothing_behind),
         cmocka_unit_test_teardown(refuses_one_traced_by_another, leaves_nothing_behind),
         cmocka_unit_test_teardown(passes_through_qemus_sandbox, leaves_nothing_behind),
+        cmocka_unit_test_teardown(under_a_filter_of_its_own_takes_only_qemu, leaves_nothing_behind),
     };
     return cmocka_run_group_tests_name("inject", tests, NULL, NULL);
 }
