@@ -56,6 +56,10 @@ class Pair:
     def begin(self, *options, to=None):
         """receive, then migrate in the background."""
         self.receive()
+        return self.begin_again(*options, to=to)
+
+    def begin_again(self, *options, to=None):
+        """migrate in the background, to a destination that is waiting already."""
         self.begin_s = time.monotonic()
         return self.a.begin("migrate", self.name, "--qmp", self.source.qmp_path, "--to",
                             to or self.b.address, "--json", *options)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -78,11 +79,14 @@ class Host:
             enter_namespace(self.namespace)
             + [program("memferryd"), "--runtime-dir", self.runtime, "--listen", f"{self.address}:7466"],
             self.log)
-        wait_until(lambda: self.process.poll() is not None
-                   or os.path.exists(os.path.join(self.runtime, "control.sock")),
-                   10, "memferryd opens its control socket")
+        wait_until(lambda: self.process.poll() is not None or self._answers(), 10,
+                   "memferryd opens its control socket")
         if self.process.poll() is not None:
             raise HarnessError(f"memferryd did not start: {self.said()}")
+
+    def _answers(self):
+        with socket.socket(socket.AF_UNIX) as end:
+            return end.connect_ex(os.path.join(self.runtime, "control.sock")) == 0
 
     def said(self):
         with open(self.log, encoding="utf-8", errors="replace") as log:

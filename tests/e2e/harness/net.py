@@ -8,6 +8,7 @@ import time
 from .sandbox import PREFIX, run
 
 CLONE_NEWNET = 0x40000000
+KIND_OFFSET = 32  # of the connection's kind in the preamble (proto/frame.h)
 
 
 def enter_namespace(name):
@@ -73,13 +74,15 @@ class Relay:
     """
     A TCP relay in host a's namespace: clients connect to 127.0.0.1:port there, it connects on to the
     target. Every connection is numbered from 0 in the order of arrival. It can be told to
-      stalled: pass nothing on (connections stay open), delay_s: hold everything that long,
+      stalled: pass nothing on (connections stay open); stalled_kinds: the same for connections of these
+      kinds (wire.CONTROL...), after their preambles; delay_s: hold everything that long,
       corrupt_after: {connection: byte offset} flip one bit of what the client sends,
       cut_after: {connection: byte offset} close there.
     """
 
     def __init__(self, sandbox, namespace, target, port=7466):
         self.stalled = False
+        self.stalled_kinds = set()
         self.delay_s = 0.0
         self.corrupt_after = {}
         self.cut_after = {}
@@ -87,6 +90,7 @@ class Relay:
         self._namespace = namespace
         self._target = target
         self._pairs = []
+        self._kinds = {}
         self._closed = False
         self._listener = socket_in(namespace)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,7 +125,10 @@ class Relay:
         passed = 0
         try:
             while data := source.recv(262144):
-                while self.stalled and not self._closed:
+                if forward and not passed:
+                    self._kinds[number] = int.from_bytes(data[KIND_OFFSET:KIND_OFFSET + 2], "little")
+                while (self.stalled or passed and self._kinds.get(number) in self.stalled_kinds) \
+                        and not self._closed:
                     time.sleep(0.005)
                 if self.delay_s:
                     time.sleep(self.delay_s)
