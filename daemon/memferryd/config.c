@@ -11,6 +11,7 @@
 #include <pwd.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 #include <sys/stat.h>
 
 #include "lib/control_message.h"
@@ -24,12 +25,22 @@ _Static_assert(MF_MAX_STREAMS == MF_CONTROL_STREAMS_MAX, "one limit for the comm
 static const char default_listen_address[] = "127.0.0.1";
 static const char default_mover_user[] = "memferry";
 
+/* One for every few cores: more than the host has to spare only takes time from the guests' faults. */
+static unsigned default_streams(void)
+{
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    unsigned streams = cpus > 0 ? (unsigned)cpus / MF_CPUS_PER_STREAM : 1;
+    if (streams > MF_MOST_DEFAULT_STREAMS)
+        return MF_MOST_DEFAULT_STREAMS;
+    return streams ? streams : 1;
+}
+
 void config_defaults(struct config *config)
 {
     *config = (struct config){
         .runtime_dir = MF_DEFAULT_RUNTIME_DIR,
         .listen_port = MF_DEFAULT_PORT,
-        .streams = MF_DEFAULT_STREAMS,
+        .streams = default_streams(),
         .log_level = MF_LOG_INFO,
     };
     memcpy(config->listen_address, default_listen_address, sizeof(default_listen_address));

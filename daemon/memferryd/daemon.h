@@ -19,7 +19,8 @@ struct daemon;
 
 #define MF_DEFAULT_PORT 7466
 #define MF_DEFAULT_RUNTIME_DIR "/run/memferry"
-#define MF_DEFAULT_STREAMS 4u
+#define MF_CPUS_PER_STREAM 4u /**< a bulk connection keeps a core busy: see doc/performance.md */
+#define MF_MOST_DEFAULT_STREAMS 4u
 #define MF_MAX_STREAMS 16u
 
 /** struct config - what memferryd runs by. Strings are owned. */

@@ -8,6 +8,7 @@
  * around itself and then serves until memferryd closes the socket.
  */
 #include "daemon/mover/mover.h"
+#include "daemon/mover/schedule.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -167,6 +168,7 @@ int main(int argc, char **argv)
     pthread_mutex_init(&mover.link.reason_lock, NULL);
 
     struct mf_error err;
+    schedule_first();
     if (sandbox_drop_privileges((uid_t)strtoul(argv[2], NULL, 10),
                                 (gid_t)strtoul(argv[3], NULL, 10), &err) < 0)
         mover_fatal("%s", err.text);

@@ -36,6 +36,7 @@ struct region {
     enum mf_memory_kind kind;
     int fd;
     uint8_t *map; /**< the second mapping: source (read-only), destination on hugetlbfs; else NULL */
+    _Atomic uint64_t extent; /**< source: pages known to be no holes, first << 32 | end (sender.c) */
 };
 
 struct mover;

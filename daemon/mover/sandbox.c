@@ -76,6 +76,7 @@ int sandbox_filter(struct mf_error *err)
         SCMP_SYS(clone), SCMP_SYS(clone3), SCMP_SYS(set_robust_list), SCMP_SYS(rseq),
         SCMP_SYS(rt_sigprocmask), SCMP_SYS(rt_sigaction), SCMP_SYS(rt_sigreturn), SCMP_SYS(gettid),
         SCMP_SYS(getpid), SCMP_SYS(tgkill), SCMP_SYS(setpriority), SCMP_SYS(getpriority),
+        SCMP_SYS(sched_setscheduler),
         SCMP_SYS(sched_getaffinity), SCMP_SYS(prctl), SCMP_SYS(getrandom), SCMP_SYS(exit),
         SCMP_SYS(exit_group),
     };

@@ -11,12 +11,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 
 #include "daemon/mover/ring.h"
+#include "daemon/mover/schedule.h"
 #include "lib/log.h"
 
-#define BULK_NICE 5
 #define PAYLOAD_ROOM MF_FRAME_DATA_MAX_BYTES
 #define LEAD 4096u /**< room before the payload, for its header */
 
@@ -135,7 +134,7 @@ void *destination_bulk_main(void *argument)
     struct bulk_thread *self = argument;
     struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
-    setpriority(PRIO_PROCESS, 0, BULK_NICE);
+    schedule_behind();
     b.resolver = (struct resolver){.mover = self->mover,
                                    .table = faults_table(self->mover),
                                    .on_event = nothing};

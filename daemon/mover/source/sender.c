@@ -12,8 +12,10 @@
 #define MADV_POPULATE_READ 22
 #endif
 
-void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd)
+void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd,
+                 bool urgent)
 {
+    sender->urgent = urgent;
     sender->mover = mover;
     sender->ring = ring;
     sender->fd = fd;
@@ -107,7 +109,9 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
                               ? 1
                               : SENDER_BATCH_BYTES / r->page_bytes;
     /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
-    madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
+    if (end - first > 16)
+        madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes,
+                MADV_POPULATE_READ);
     uint64_t page = first;
     while (page < end) {
         uint64_t run = page, fresh = 0, zeros;
@@ -144,35 +148,62 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
     return 0;
 }
 
+/*
+ * What [page, end) begins with: data or a hole, and up to where.
+ *
+ * A hole must not even be read: reading it through a mapping would allocate it. SEEK_DATA is quick, for it
+ * stops at the first page it finds; SEEK_HOLE looks at every page up to the next hole, which in a well
+ * filled guest is most of its RAM. So the sweep asks for the end of an extent once and keeps it for all
+ * threads (RAM is frozen), and the urgent thread asks only about single pages. hugetlbfs knows no SEEK_DATA and
+ * calls everything data.
+ */
+static int next_extent(struct sender *s, struct region *r, uint64_t page, uint64_t end, bool *data,
+                       uint64_t *until)
+{
+    uint64_t known = atomic_load_explicit(&r->extent, memory_order_relaxed);
+    uint64_t known_first = known >> 32, known_end = known & UINT32_MAX;
+    *data = true;
+    if (page >= known_first && page < known_end) {
+        *until = known_end < end ? known_end : end;
+        return 0;
+    }
+    off_t at = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_DATA);
+    if (at < 0 && errno != ENXIO)
+        return -errno;
+    uint64_t data_page = at < 0 ? end : (uint64_t)at / r->page_bytes;
+    if (data_page > page) {
+        *data = false;
+        *until = data_page < end ? data_page : end;
+        return 0;
+    }
+    *until = page + 1;
+    if (s->urgent || end - page == 1)
+        return 0;
+    at = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_HOLE);
+    uint64_t hole_page = at < 0 ? r->pages : ((uint64_t)at + r->page_bytes - 1) / r->page_bytes;
+    if (hole_page > r->pages)
+        hole_page = r->pages;
+    if (hole_page <= UINT32_MAX)
+        atomic_store_explicit(&r->extent, page << 32 | hole_page, memory_order_relaxed);
+    *until = hole_page < end ? hole_page : end;
+    return 0;
+}
+
 int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool again)
 {
-    const struct region *r = &s->mover->region[region];
+    struct region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     uint64_t page = first;
     while (page < end) {
-        /* A hole must not even be read: reading it through a mapping would allocate it. hugetlbfs
-         * knows no SEEK_DATA and calls everything data. */
-        off_t data = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_DATA);
-        if (data < 0 && errno != ENXIO)
-            return -errno;
-        uint64_t data_page = data < 0 ? end : (uint64_t)data / r->page_bytes;
-        if (data_page > end)
-            data_page = end;
-        int result = 0;
-        if (data_page > page) {
-            result = put_empty(s, region, page, data_page - page, true, again);
-            page = data_page;
-        } else {
-            off_t hole = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_HOLE);
-            uint64_t hole_page =
-                hole < 0 ? end : ((uint64_t)hole + r->page_bytes - 1) / r->page_bytes;
-            if (hole_page > end)
-                hole_page = end;
-            result = offer_present(s, region, page, hole_page, again);
-            page = hole_page;
-        }
+        bool data = false;
+        uint64_t until = end;
+        int result = next_extent(s, r, page, end, &data, &until);
+        if (result == 0)
+            result = data ? offer_present(s, region, page, until, again)
+                          : put_empty(s, region, page, until - page, true, again);
         if (result < 0)
             return result;
+        page = until;
     }
     return 0;
 }

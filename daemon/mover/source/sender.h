@@ -21,6 +21,7 @@ struct sender {
     struct mover *mover;
     struct io_uring *ring;
     int fd;
+    bool urgent; /**< sends single pages: looks no farther for holes than it must */
     unsigned frames;
     unsigned iovecs;
     uint64_t batch_bytes;
@@ -28,7 +29,8 @@ struct sender {
     struct iovec iov[2 * SENDER_FRAMES];
 };
 
-void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd);
+void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd,
+                 bool urgent);
 
 /**
  * sender_pages() - offer a run of pages: DATA, ZERO or hole, as they are.

@@ -9,13 +9,13 @@
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/ring.h"
+#include "daemon/mover/schedule.h"
 #include "daemon/mover/source/sender.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -23,8 +23,6 @@
 #include "lib/util.h"
 
 #define CHUNK_BYTES (2u << 20)
-/* Faults are answered by other threads; on a machine without a core to spare they go first. */
-#define BULK_NICE 5
 
 static uint64_t chunk_pages(const struct region *region)
 {
@@ -172,12 +170,12 @@ void *source_bulk_main(void *argument)
     struct mover *mover = bulk->mover;
     struct io_uring ring;
     prctl(PR_SET_NAME, "bulk-send");
-    setpriority(PRIO_PROCESS, 0, BULK_NICE);
+    schedule_behind();
     int r = ring_open(&ring, 4);
     struct sender *sender = malloc(sizeof(*sender));
     if (r < 0 || !sender)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
-    sender_init(sender, mover, &ring, bulk->fd);
+    sender_init(sender, mover, &ring, bulk->fd, false);
     uint32_t pass = 0;
     while (r == 0 && (pass = wait_for_pass(mover, pass)) != 0)
         r = one_pass(sender, pass);

@@ -116,7 +116,7 @@ void *source_urgent_main(void *argument)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     u->mover = mover;
     u->fd = mover->link.urgent_fd;
-    sender_init(&u->sender, mover, &u->ring, u->fd);
+    sender_init(&u->sender, mover, &u->ring, u->fd, true);
     const char *what = NULL;
     while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
         ssize_t n;
