@@ -352,7 +352,7 @@ static void begin(struct connector *c)
         c->resolving = request;
 }
 
-static struct connector *create(struct session *session)
+static struct connector *create(struct session *session, unsigned after_s)
 {
     struct connector *c = calloc(1, sizeof(*c));
     if (!c)
@@ -372,14 +372,14 @@ static struct connector *create(struct session *session)
         free(c);
         return NULL;
     }
-    evtimer_add(c->timeout, &(struct timeval){0});
+    evtimer_add(c->timeout, &(struct timeval){.tv_sec = after_s});
     return c;
 }
 
 void connector_start(struct session *session)
 {
     connector_stop(session);
-    struct connector *c = create(session);
+    struct connector *c = create(session, 0);
     if (!c) {
         session_set_reason(session, "memferryd is out of memory");
         session_event(session, MF_EV_LINK_LOST);
@@ -390,9 +390,9 @@ void connector_start(struct session *session)
     session->connector = c;
 }
 
-void connector_abandon(struct session *session)
+void connector_abandon(struct session *session, unsigned after_s)
 {
-    struct connector *c = create(session);
+    struct connector *c = create(session, after_s);
     if (!c)
         return;
     c->abandoning = true;

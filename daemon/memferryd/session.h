@@ -164,9 +164,10 @@ void session_on_mover_exit(struct session *session, const char *how);
  *  MF_EV_LINK_LOST comes. */
 void connector_start(struct session *session);
 void connector_stop(struct session *session);
-/** connector_abandon() - tell a destination that can't be reached by the link (any more) that the source
- *  gave up before RELEASE; tried for half a minute, whatever becomes of the session. */
-void connector_abandon(struct session *session);
+/** connector_abandon() - tell the destination by a connection of its own that the source gave up before
+ *  RELEASE: what was said over the link may have been lost with it. First tried @after_s seconds from now,
+ *  then for half a minute, whatever becomes of the session. */
+void connector_abandon(struct session *session, unsigned after_s);
 void connectors_drop(struct daemon *daemon);
 
 /* ---- listener.c ---- */

@@ -17,6 +17,7 @@
 
 #define RECONNECT_FIRST_MS 100
 #define RECONNECT_MOST_MS 1000
+#define ABANDON_AGAIN_S 1
 
 void session_send(struct session *session, uint32_t phase)
 {
@@ -40,9 +41,10 @@ static void tell_peer_abort(struct session *session)
     mover_order(session, &message, -1);
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNLINK}, -1);
     session->link_open = false;
-    /* A destination that has loaded the device state waits for a word; without a link it gets one so. */
-    if (!told && session->role == MF_SOURCE && session->link && !session->released)
-        connector_abandon(session);
+    /* A destination that has loaded the device state waits for a word, for ever. Without a link it gets one
+     * so; what was said over a link may be lost with it, so it is said again: by then it is usually known. */
+    if (session->role == MF_SOURCE && session->link && !session->released)
+        connector_abandon(session, told ? ABANDON_AGAIN_S : 0);
 }
 
 /* Hand the VMM one end of a socket pair and the mover the other. */
