@@ -10,9 +10,14 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <systemd/sd-daemon.h>
+#include <unistd.h>
 
 #include "lib/log.h"
 #include "lib/util.h"
+
+#ifndef MF_CONFIG_FILE
+#error "the build defines where the configuration file is"
+#endif
 
 struct daemon {
     struct event_base *base;
@@ -50,7 +55,7 @@ static void usage(FILE *to)
 {
     fprintf(to, "Usage: memferryd [--config FILE] [--runtime-dir DIR] [--listen ADDR:PORT]\n"
                 "Live-migrates the memory of virtual machines; see memferryd(8).\n\n"
-                "  --config FILE      read FILE (memferryd(8) lists its keys)\n"
+                "  --config FILE      read FILE instead of " MF_CONFIG_FILE " (if that is there)\n"
                 "  --runtime-dir DIR  where the control socket is (default " MF_DEFAULT_RUNTIME_DIR
                 ")\n"
                 "  --listen ADDR:PORT where peers connect (default 127.0.0.1:7466)\n"
@@ -98,12 +103,14 @@ static int read_arguments(struct config *config, int argc, char **argv)
                                             {NULL, 0, NULL, 0}};
     struct mf_error err;
     int option;
+    bool named = false;
     /* The file first, whatever the order: the command line overrides it. */
     for (int pass = 0; pass < 2; pass++) {
         optind = 1;
         while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
             switch (option) {
             case 'c':
+                named = true;
                 if (pass == 0 && config_load(config, optarg, &err) < 0) {
                     mf_log(MF_LOG_ERR, "%s", err.text);
                     return 2;
@@ -137,6 +144,11 @@ static int read_arguments(struct config *config, int argc, char **argv)
                 usage(stderr);
                 return 2;
             }
+        }
+        if (pass == 0 && !named && access(MF_CONFIG_FILE, F_OK) == 0 &&
+            config_load(config, MF_CONFIG_FILE, &err) < 0) {
+            mf_log(MF_LOG_ERR, "%s", err.text);
+            return 2;
         }
         if (optind < argc) {
             mf_log(MF_LOG_ERR, "\"%s\" is not understood; memferryd takes only options",
