@@ -61,14 +61,13 @@ int mf_ipc_receive(int sock, struct mf_ipc *message, int *fd)
                 close(one);
         }
     }
-    if (n == 0)
-        return 0;
+    /* An empty packet can't be told from the end; what came with it is closed too. */
     if ((size_t)n != sizeof(*message) || (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) ||
         message->type == 0 || message->type >= MF_IPC_TYPES) {
         if (*fd >= 0)
             close(*fd);
         *fd = -1;
-        return -EPROTO;
+        return n == 0 ? 0 : -EPROTO;
     }
     message->text[sizeof(message->text) - 1] = '\0';
     return 1;

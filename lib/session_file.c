@@ -2,6 +2,7 @@
 #include "lib/session_file.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -20,6 +21,9 @@ static uint64_t padded(uint64_t bytes)
 int mf_session_file_create(int fd, const uint64_t *pages, unsigned region_count,
                            struct mf_error *err)
 {
+    if (region_count < 1 || region_count > MF_REGIONS_MAX)
+        return mf_fail(err, EINVAL, "a session has 1 to %u memory regions, not %u", MF_REGIONS_MAX,
+                       region_count);
     cleanup_free struct mf_session_file *header = calloc(1, sizeof(*header));
     if (!header)
         return mf_fail(err, ENOMEM, "out of memory for the session file");
@@ -38,6 +42,11 @@ int mf_session_file_create(int fd, const uint64_t *pages, unsigned region_count,
     int r = mf_write_all(fd, header, sizeof(*header));
     if (r < 0)
         return mf_fail(err, -r, "cannot write the session file: %s", strerror(-r));
+    /* memferryd reads its mapping of this file. A mover in an attacker's hands must not be able to
+     * shorten it under memferryd (SIGBUS). A file that can't be sealed is one that no other program gets. */
+    if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 && errno != EPERM &&
+        errno != EINVAL)
+        return mf_fail(err, errno, "cannot seal the session file: %s", strerror(errno));
     return 0;
 }
 
@@ -56,17 +65,19 @@ int mf_session_file_map(int fd, struct mf_session_view *out, struct mf_error *er
     struct mf_session_file *file = out->file;
     bool good = file->magic == SESSION_FILE_MAGIC && file->version == SESSION_FILE_VERSION &&
                 file->region_count >= 1 && file->region_count <= MF_REGIONS_MAX;
+    /* There is one layout for given regions: each follows the one before, the file ends with the last. */
+    uint64_t at_bytes = MF_SESSION_FILE_HEADER_BYTES;
     for (unsigned i = 0; good && i < file->region_count; i++) {
         uint64_t offset = file->region[i].offset_bytes, pages = file->region[i].pages;
-        good = offset % 8 == 0 && offset >= MF_SESSION_FILE_HEADER_BYTES && offset <= size &&
-               pages <= size - offset;
+        good = offset == at_bytes && offset <= size && pages <= size - offset;
+        at_bytes += padded(pages);
         if (good)
             out->pages[i] = (struct mf_pages){
                 .state = (_Atomic uint8_t *)at + offset,
                 .count = pages,
             };
     }
-    if (!good) {
+    if (!good || at_bytes != size) {
         mf_session_file_unmap(out);
         return mf_fail(err, EPROTO, "the session file is damaged or from another version");
     }

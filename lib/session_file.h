@@ -52,7 +52,8 @@ struct mf_session_view {
 };
 
 /**
- * mf_session_file_create() - size and fill the header of the empty file @fd (memfd or tmpfs file).
+ * mf_session_file_create() - size and fill the header of the empty file @fd (memfd or tmpfs file). Its size
+ * is sealed where it can be (MFD_ALLOW_SEALING), so that nobody who is given it can shorten it.
  * @pages: of each region. Return: 0 or -errno.
  */
 int mf_session_file_create(int fd, const uint64_t *pages, unsigned region_count,

@@ -259,7 +259,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
     uint64_t pages[MF_REGIONS_MAX];
     for (unsigned i = 0; i < s->region_count; i++)
         pages[i] = s->region[i].size_bytes / s->region[i].page_bytes;
-    s->file_fd = memfd_create("memferry-session", MFD_CLOEXEC);
+    s->file_fd = memfd_create("memferry-session", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (s->file_fd < 0) {
         session_reject(s, "cannot make the session file of %s: %s", s->name, strerror(errno));
         return;
