@@ -18,6 +18,8 @@ class Console:
     def __init__(self, output_path, input_path):
         self.beats = []
         self.lines = []
+        self.first = None  # Line, whatever it was
+        self.partial = ""  # what came without an end of line
         self._changed = threading.Condition()
         self._closed = False
         self._output = _connect(output_path)
@@ -33,18 +35,20 @@ class Console:
                 data = b""
             now = time.monotonic()
             *lines, rest = (rest + data).split(b"\n")
-            if lines or not data:
-                with self._changed:
-                    for line in lines:
-                        self._take(now, line.decode("ascii", "replace"))
-                    self._closed = not data
+            with self._changed:
+                for line in lines:
+                    self._take(now, line.decode("ascii", "replace"))
+                self.partial = rest.decode("ascii", "replace")
+                self._closed = not data
+                if lines or not data:
                     self._changed.notify_all()
             if not data:
                 return
 
     def _take(self, now, text):
+        self.first = self.first or Line(now, text)
         if text.startswith("h "):
-            self.beats.append(Beat(now, *(int(field, 16) for field in text.split()[1:])))
+            self.beats.append(_beat(now, text))
         else:
             self.lines.append(Line(now, text))
 
@@ -98,6 +102,10 @@ class Console:
                 pass
 
 
+def _beat(at_s, text):
+    return Beat(at_s, *(int(field, 16) for field in text.split()[1:]))
+
+
 def _connect(path):
     end = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + 20
@@ -117,6 +125,9 @@ class Passage:
     def __init__(self, source, destination, begin_s, end_s):
         self.before = list(source.beats)
         self.after = list(destination.beats)
+        # The guest may be stopped in the middle of a line, which then ends at the destination.
+        if source.partial.startswith("h") and destination.first:
+            self.after.insert(0, _beat(destination.first.at_s, source.partial + destination.first.text))
         self.begin_s = begin_s
         self.end_s = end_s
 
