@@ -159,8 +159,13 @@ class Host:
         return self.process.wait(seconds)
 
     def check_alive(self):
+        """memferryd lives, and no sanitizer complained in it or its movers."""
         if not alive(self.process.pid):
             raise HarnessError(f"memferryd on host {self.side} died: {self.said()}")
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            complaint = re.search(r"\S*runtime error:.*|(ERROR|WARNING): \w+Sanitizer.*", log.read())
+        if complaint:
+            raise HarnessError(f"host {self.side}: {complaint[0]}")
 
 
 def open_files(pid):
