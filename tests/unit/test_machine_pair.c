@@ -306,11 +306,15 @@ static void destination_does(struct world *w, enum mf_action action)
     case MF_ACT_END:
         close_at_destination(w);
         break;
-    case MF_ACT_NONE:
-    case MF_ACT_REFUSE:
-        break;
-    default:
+    case MF_ACT_FINISH_VMM:
+    case MF_ACT_RELEASE:
+    case MF_ACT_RECONNECT:
+    case MF_ACT_FINISH:
+    case MF_ACT_RETURN_GUEST:
         must(false, w, "an action that a destination can't carry out");
+        break;
+    default: /* nothing, or once more what is being done already */
+        break;
     }
 }
 
@@ -431,7 +435,7 @@ static void source_vmm(void)
     MAY(alive && now.finish_later, false, "VM was ended", w.finish_later = false;
         source_event(&w, MF_EV_VMM_GONE));
     MAY(alive && (now.s_vmm == S_PREPARING || now.s_vmm == S_PAUSED || now.s_vmm == S_SENDING ||
-                  now.s_vmm == S_RETURNING),
+                  now.s_vmm == S_RETURNING || now.s_vmm == S_QUITTING),
         true, "source's VM fails", w.s_vmm = S_BROKEN;
         source_event(&w, MF_EV_VMM_FAILED));
     /* The stream of a link that is gone breaks off. */
@@ -452,9 +456,10 @@ static void destination_vmm(void)
         destination_event(&w, MF_EV_VMM_LOADED));
     MAY(alive && now.d_vmm == D_RESUMING, false, "guest runs", w.d_vmm = D_RUNNING;
         destination_event(&w, MF_EV_VMM_RUNNING));
-    MAY(alive && now.d_vmm >= D_OPENING && now.d_vmm < D_EXITED && now.d_vmm != D_RUNNING, true,
-        "destination's VM fails", w.d_vmm = D_EXITED;
-        destination_event(&w, MF_EV_VMM_FAILED));
+    /* A VMM that does not answer may still have the guest, and be asked again. */
+    MAY(alive && now.d_vmm >= D_OPENING && now.d_vmm < D_EXITED, true, "destination's VM fails",
+        destination_event(&w, MF_EV_VMM_FAILED);
+        if (ended(w.d)) w.d_vmm = D_EXITED);
     MAY(alive && now.d_vmm != D_EXITED, true, "destination's target exits", w.d_vmm = D_EXITED;
         destination_event(&w, MF_EV_TARGET_EXITED));
     /* Pages come once they may, and never without a link. */
