@@ -14,6 +14,7 @@ from harness.vm import Vm
 RAM_MIB = 1024
 USED_MIB = 400
 CALM_S = 2.0
+CABLE_MBIT = 1000
 
 
 def say(text=""):
@@ -21,13 +22,15 @@ def say(text=""):
 
 
 def show_progress(host, name, verb):
-    """A line for every state the session goes through, until `migrate` has ended."""
-    shown = None
+    """A line for every new state and every half second, until `migrate` has ended."""
+    shown, shown_at_s = None, 0.0
     while verb.process.poll() is None:
         session = host.status(name)
-        if session and session["state"] != shown:
-            shown = session["state"]
-            say(f"    {time.strftime('%H:%M:%S')}  {shown}")
+        now_s = time.monotonic()
+        if session and (session["state"] != shown or now_s - shown_at_s >= 0.5):
+            shown, shown_at_s = session["state"], now_s
+            where = "the guest runs on b" if shown in ("postcopy", "drained") else "the guest runs on a"
+            say(f"    {shown:10}  {session['sent_bytes'] >> 20:4} MiB sent   {where}")
         time.sleep(0.02)
 
 
@@ -51,8 +54,10 @@ def summary(session, passage, pages, hosts):
 
 
 def demo(sandbox):
-    say("Two hosts, a (10.77.0.1) and b (10.77.0.2), made of network namespaces; memferryd on each.")
+    say("Two hosts, a (10.77.0.1) and b (10.77.0.2), made of network namespaces and joined by 1 Gbit/s; "
+        "memferryd on each.")
     network = Network(sandbox)
+    network.limit(CABLE_MBIT)
     hosts = {side: Host(sandbox, network, side) for side in "ab"}
     say(f"Host a boots Linux with {RAM_MIB} MiB in a stock QEMU (no KVM needed), host b starts a QEMU that "
         "waits...")
@@ -72,7 +77,7 @@ def demo(sandbox):
     answer = verb.wait()
     if answer.code:
         raise HarnessError(f"the migration failed: {answer}")
-    say(f"    {time.strftime('%H:%M:%S')}  {answer.json['state']}")
+    say(f"    {answer.json['state']:10}  {answer.json['sent_bytes'] >> 20:4} MiB sent   host a's QEMU has quit")
     source.wait_exit(10)
     destination.console.wait_beats(100, 30)
     passage = Passage(source.console, destination.console, begin_s, time.monotonic())
