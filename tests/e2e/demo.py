@@ -29,7 +29,7 @@ def show_progress(host, name, verb):
         now_s = time.monotonic()
         if session and (session["state"] != shown or now_s - shown_at_s >= 0.5):
             shown, shown_at_s = session["state"], now_s
-            where = "the guest runs on b" if shown in ("postcopy", "drained") else "the guest runs on a"
+            where = "the guest runs on b" if shown in ("postcopy", "drained", "done") else "the guest runs on a"
             say(f"    {shown:10}  {session['sent_bytes'] >> 20:4} MiB sent   {where}")
         time.sleep(0.02)
 
