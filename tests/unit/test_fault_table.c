@@ -87,6 +87,7 @@ static void is_full_at_some_time(void **state)
 #define PAGES 300u
 #define TAKERS 3u
 #define ADDS 60000u
+#define BEING_TAKEN UINT64_MAX
 
 static _Atomic uint64_t faulted[PAGES]; /* 0, or the time that the entry must have */
 static _Atomic uint64_t taken;
@@ -105,10 +106,12 @@ static void *take_faults(void *arg)
         last = atomic_load(&over); /* one round more after the end */
         for (unsigned i = 0; i < PAGES; i++, at++) {
             uint64_t page = at * 7 % PAGES;
-            uint64_t since = atomic_exchange(&faulted[page], 0);
-            if (since == 0)
+            uint64_t since = atomic_load(&faulted[page]);
+            if (since == 0 || since == BEING_TAKEN ||
+                !atomic_compare_exchange_strong(&faulted[page], &since, BEING_TAKEN))
                 continue;
             require(fault_table_take(&table, (uint32_t)(page % 3), page) == since);
+            atomic_store(&faulted[page], 0);
             atomic_fetch_add(&taken, 1);
         }
     }
