@@ -25,11 +25,12 @@ enum mf_ipc_type {
     MF_IPC_REGION,     /**< with the RAM file */
     MF_IPC_CONTEXT,    /**< destination: with the userfaultfd */
     MF_IPC_MAPPING,    /**< destination */
-    MF_IPC_GO,
+    MF_IPC_GO,         /**< all is handed over; at the destination, empty the RAM files unless restarted */
     MF_IPC_LINK,
     MF_IPC_CONNECTION, /**< with a connected socket, preamble done */
     MF_IPC_DEVICE,     /**< with our end of the VMM's device stream */
     MF_IPC_PROCEED,    /**< destination: the answer to PEER_HELLO; text is a refusal or empty */
+    MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
     MF_IPC_SEND,       /**< send a phase change */
     MF_IPC_SEND_ABORT,
     MF_IPC_UNLINK,
@@ -49,6 +50,7 @@ enum mf_ipc_type {
 struct mf_ipc {
     uint32_t type;
     uint32_t phase; /**< Memferry__Peer__Phase of SEND and PEER_PHASE */
+    uint32_t link_number; /**< SEND, and all of the mover's messages: which link; others are out of date */
     union {
         struct {
             uint32_t role, region_count, context_count, mapping_count;

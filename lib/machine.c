@@ -75,9 +75,9 @@ struct row {
     {state, MF_EV_PEER_DRAINED, MF_ACT_FINISH, MF_S_DRAINED},                                      \
     {state, MF_EV_PEER_FAILED, MF_ACT_END, MF_FAILED}
 
-/* Destination, guest started or about to be: only the loss of the target ends it. */
+/* Destination, from LOADED on: the source may have released the guest. A VMM that does not answer is no
+ * reason to take its pages away (they would read as zeros): only the end of its process ends this. */
 #define GUEST_IS_HERE(state)                                                                       \
-    {state, MF_EV_VMM_FAILED, MF_ACT_END_TELL, MF_FAILED},                                         \
     {state, MF_EV_TARGET_EXITED, MF_ACT_END_TELL, MF_FAILED}
 
 static const struct row rows[] = {
@@ -106,12 +106,14 @@ static const struct row rows[] = {
 
     {MF_S_RELEASED, MF_EV_PEER_RUNNING, MF_ACT_NONE, MF_S_POSTCOPY},
     AFTER_RELEASE(MF_S_RELEASED),
+    {MF_S_POSTCOPY, MF_EV_PEER_RUNNING, MF_ACT_NONE, MF_S_POSTCOPY},
     AFTER_RELEASE(MF_S_POSTCOPY),
     {MF_S_RECOVERING, MF_EV_LINK_UP, MF_ACT_NONE, MF_S_RELEASED},
     AFTER_RELEASE(MF_S_RECOVERING),
 
     {MF_S_DRAINED, MF_EV_VMM_GONE, MF_ACT_END, MF_DONE},
     {MF_S_DRAINED, MF_EV_TARGET_EXITED, MF_ACT_END, MF_DONE},
+    {MF_S_DRAINED, MF_EV_VMM_FAILED, MF_ACT_END, MF_DONE},
 
     {MF_S_FAILING, MF_EV_VMM_RETURNED, MF_ACT_END, MF_FAILED},
     {MF_S_FAILING, MF_EV_VMM_FAILED, MF_ACT_END, MF_FAILED},
@@ -160,11 +162,13 @@ static const struct row rows[] = {
     GUEST_IS_HERE(MF_D_HELD),
 
     {MF_D_STARTING, MF_EV_VMM_RUNNING, MF_ACT_SEND_RUNNING, MF_D_POSTCOPY},
+    {MF_D_STARTING, MF_EV_VMM_FAILED, MF_ACT_START_AGAIN, MF_D_STARTING},
     {MF_D_STARTING, MF_EV_LINK_LOST, MF_ACT_NONE, MF_D_STARTING_LOST},
     {MF_D_STARTING, MF_EV_PEER_RELEASE, MF_ACT_NONE, MF_D_STARTING},
     GUEST_IS_HERE(MF_D_STARTING),
 
     {MF_D_STARTING_LOST, MF_EV_VMM_RUNNING, MF_ACT_NONE, MF_D_RECOVERING},
+    {MF_D_STARTING_LOST, MF_EV_VMM_FAILED, MF_ACT_START_AGAIN, MF_D_STARTING_LOST},
     {MF_D_STARTING_LOST, MF_EV_LINK_UP, MF_ACT_NONE, MF_D_STARTING},
     {MF_D_STARTING_LOST, MF_EV_LINK_LOST, MF_ACT_NONE, MF_D_STARTING_LOST},
     GUEST_IS_HERE(MF_D_STARTING_LOST),
@@ -183,6 +187,7 @@ static const struct row rows[] = {
      * told so by the answer to its preamble, and only then lets its VM go (I5). */
     {MF_D_DRAINED, MF_EV_PEER_DRAINED_ACK, MF_ACT_END, MF_DONE},
     {MF_D_DRAINED, MF_EV_LINK_LOST, MF_ACT_END, MF_DONE},
+    {MF_D_DRAINED, MF_EV_LINK_UP, MF_ACT_SEND_DRAINED, MF_D_DRAINED},
     {MF_D_DRAINED, MF_EV_PEER_RELEASE, MF_ACT_NONE, MF_D_DRAINED},
 };
 

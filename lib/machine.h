@@ -84,6 +84,7 @@ enum mf_action {
     MF_ACT_SEND_READY,
     MF_ACT_SEND_LOADED,
     MF_ACT_START_GUEST,  /**< destination: resume */
+    MF_ACT_START_AGAIN,  /**< destination: resume failed; try it again after a while */
     MF_ACT_SEND_RUNNING,
     MF_ACT_SEND_DRAINED,
     MF_ACT_END,          /**< give everything back; the session has ended */

@@ -187,6 +187,20 @@ static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsig
     return false;
 }
 
+/* A mover that has just been told to leave still maps the memory for a moment. */
+static bool is_child_of_ours(pid_t other)
+{
+    char path[64], line[512];
+    snprintf(path, sizeof(path), "/proc/%d/stat", (int)other);
+    cleanup_fclose FILE *stat = fopen(path, "re");
+    if (!stat || !fgets(line, sizeof(line), stat))
+        return false;
+    /* "pid (comm) state ppid": the name may hold anything, so from its last parenthesis on. */
+    const char *after = strrchr(line, ')');
+    int parent = 0;
+    return after && sscanf(after + 1, " %*c %d", &parent) == 1 && parent == getpid();
+}
+
 int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigned region_count,
                       char *who, size_t who_size)
 {
@@ -197,7 +211,7 @@ int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigne
         pid_t other = (pid_t)strtol(entry->d_name, NULL, 10);
         if (other <= 0 || other == pid || other == getpid())
             continue;
-        if (maps_region(other, regions, region_count)) {
+        if (maps_region(other, regions, region_count) && !is_child_of_ours(other)) {
             char name[64];
             mf_target_comm(other, name, sizeof(name));
             snprintf(who, who_size, "%s (pid %d)", name, other);

@@ -55,8 +55,23 @@ struct connector {
 
 static struct connector *abandoners;
 
+void peer_socket_options(int fd)
+{
+    const int one = 1, idle_s = 5, interval_s = 2, probes = 5;
+    const unsigned unacknowledged_ms = 15000;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacknowledged_ms, sizeof(unacknowledged_ms));
+}
+
 static void drop_connections(struct connector *c)
 {
+    if (c->resolving)
+        evdns_getaddrinfo_cancel(c->resolving); /* its callback sees EVUTIL_EAI_CANCEL and no `c` */
+    c->resolving = NULL;
     for (unsigned i = 0; i < c->count; i++) {
         struct connection *n = &c->connection[i];
         if (n->event)
@@ -71,8 +86,6 @@ static void drop_connections(struct connector *c)
 static void destroy(struct connector *c)
 {
     drop_connections(c);
-    if (c->resolving)
-        evdns_getaddrinfo_cancel(c->resolving); /* its callback sees EVUTIL_EAI_CANCEL and no `c` */
     if (c->timeout)
         event_free(c->timeout);
     free(c);
@@ -281,7 +294,6 @@ static void on_socket(evutil_socket_t fd, short what, void *arg)
 
 static int open_connection(struct connector *c, enum mf_connection_kind kind, unsigned stream)
 {
-    const int one = 1;
     if (c->count == CONNECTIONS_MAX)
         return -E2BIG;
     struct connection *n = &c->connection[c->count++];
@@ -290,7 +302,7 @@ static int open_connection(struct connector *c, enum mf_connection_kind kind, un
     n->fd = socket(c->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (n->fd < 0)
         return -errno;
-    setsockopt(n->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    peer_socket_options(n->fd);
     if (connect(n->fd, (struct sockaddr *)&c->address, c->address_length) != 0 &&
         errno != EINPROGRESS)
         return -errno;
@@ -305,7 +317,7 @@ static void on_timeout(evutil_socket_t fd, short what, void *arg)
     struct connector *c = arg;
     (void)fd;
     (void)what;
-    if (c->abandoning && c->count == 0) {
+    if (c->abandoning && c->count == 0 && !c->resolving) {
         begin(c); /* the pause between tries is over */
         return;
     }
@@ -399,6 +411,14 @@ void connector_abandon(struct session *session, unsigned after_s)
     c->link = session->link + 1;
     c->next = abandoners;
     abandoners = c;
+}
+
+unsigned connectors_abandoning(void)
+{
+    unsigned count = 0;
+    for (const struct connector *c = abandoners; c; c = c->next)
+        count++;
+    return count;
 }
 
 void connectors_drop(struct daemon *daemon)

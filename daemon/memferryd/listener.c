@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <event2/listener.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -191,7 +190,6 @@ static void on_accept(struct evconnlistener *accepting, evutil_socket_t fd,
                       struct sockaddr *address, int length, void *arg)
 {
     struct listener *listener = arg;
-    const int one = 1;
     (void)accepting;
     (void)length;
     /* Whoever sends nothing must not keep those out who do: the oldest makes room. */
@@ -218,7 +216,7 @@ static void on_accept(struct evconnlistener *accepting, evutil_socket_t fd,
         inet_ntop(AF_INET, &in->sin_addr, host, sizeof(host));
         snprintf(g->peer, sizeof(g->peer), "%s:%u", host, ntohs(in->sin_port));
     }
-    setsockopt(g->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    peer_socket_options(g->fd);
     g->event =
         event_new(daemon_base(listener->daemon), fd, EV_READ | EV_PERSIST, on_bytes, g);
     if (!g->event) {

@@ -28,6 +28,7 @@ struct daemon {
     struct session *sessions;
     struct event *stop_timer;
     bool stopping;
+    unsigned stop_tries;
 };
 
 struct event_base *daemon_base(struct daemon *daemon)
@@ -70,7 +71,8 @@ static void try_to_stop(evutil_socket_t fd, short what, void *arg)
     (void)fd;
     (void)what;
     unsigned left = sessions_stop(daemon);
-    if (left == 0) {
+    /* A destination that waits for a word gets a few seconds of tries. */
+    if (left == 0 && (connectors_abandoning() == 0 || ++daemon->stop_tries > 25)) {
         event_base_loopexit(daemon->base, NULL);
         return;
     }

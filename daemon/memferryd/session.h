@@ -79,6 +79,7 @@ struct session {
     unsigned mover_restarts;
     uint64_t mover_started_ns;
     struct event *mover_timer;
+    struct event *vm_timer; /**< the VM was told something and has not done it */
 
     /* The link. */
     uint32_t link; /**< number of the present or last one */
@@ -168,7 +169,13 @@ void connector_stop(struct session *session);
  *  RELEASE: what was said over the link may have been lost with it. First tried @after_s seconds from now,
  *  then for half a minute, whatever becomes of the session. */
 void connector_abandon(struct session *session, unsigned after_s);
+/** connectors_abandoning() - how many of these are under way. */
+unsigned connectors_abandoning(void);
 void connectors_drop(struct daemon *daemon);
+
+/** peer_socket_options() - what every connection between two hosts gets: no delay, and an end within
+ *  seconds when the other host is gone without a word. */
+void peer_socket_options(int fd);
 
 /* ---- listener.c ---- */
 

@@ -17,6 +17,8 @@
 
 #define RECONNECT_FIRST_MS 100
 #define RECONNECT_MOST_MS 1000
+#define QUIT_TIMEOUT_S 20
+#define START_AGAIN_S 2
 #define ABANDON_AGAIN_S 1
 
 void session_send(struct session *session, uint32_t phase)
@@ -24,6 +26,7 @@ void session_send(struct session *session, uint32_t phase)
     mover_order(session,
                 &(struct mf_ipc){.type = MF_IPC_SEND,
                                  .phase = phase,
+                                 .link_number = session->link,
                                  .blackout_us = phase == MEMFERRY__PEER__PHASE__PHASE_DRAINED_ACK
                                                     ? session->blackout_us
                                                     : 0},
@@ -91,11 +94,29 @@ static void reconnect(struct session *session)
         evtimer_add(session->reconnect_timer, &wait);
 }
 
-static void vm_is_done_with(evutil_socket_t fd, short what, void *arg)
+static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
 {
+    struct session *session = arg;
     (void)fd;
     (void)what;
-    session_event(arg, MF_EV_VMM_GONE);
+    if (session->role == MF_DESTINATION) {
+        if (session->state == MF_D_STARTING || session->state == MF_D_STARTING_LOST)
+            session_vmm_ops(session)->resume(session->vmm, session->guest_was_running);
+        return;
+    }
+    if (!session->target_exited && !session->keep_source)
+        mf_log(MF_LOG_WARNING, "%s: the VM (pid %d) was told to quit and has not; end it by hand",
+               session->name, (int)session->pid);
+    session_event(session, MF_EV_VMM_GONE);
+}
+
+/* What comes of the VM when nothing else says so. */
+static void arm_vm_timer(struct session *session, unsigned after_s)
+{
+    if (!session->vm_timer)
+        session->vm_timer = evtimer_new(daemon_base(session->daemon), on_vm_timer, session);
+    if (session->vm_timer)
+        evtimer_add(session->vm_timer, &(struct timeval){.tv_sec = after_s});
 }
 
 /* Source: the destination has everything. */
@@ -104,11 +125,10 @@ static void finish(struct session *session)
     session_send(session, MEMFERRY__PEER__PHASE__PHASE_DRAINED_ACK);
     connector_stop(session);
     if (session->target_exited || session->keep_source) {
-        static const struct timeval now = {0, 0};
-        event_base_once(daemon_base(session->daemon), -1, EV_TIMEOUT, vm_is_done_with, session,
-                        &now);
+        arm_vm_timer(session, 0);
         return;
     }
+    arm_vm_timer(session, QUIT_TIMEOUT_S);
     session_vmm_ops(session)->quit(session->vmm);
 }
 
@@ -124,6 +144,9 @@ void session_end(struct session *session)
     if (session->mover_timer)
         event_free(session->mover_timer);
     session->mover_timer = NULL;
+    if (session->vm_timer)
+        event_free(session->vm_timer);
+    session->vm_timer = NULL;
     mover_stop(session);
     session->link_open = false;
     if (session->vmm)
@@ -169,6 +192,8 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         start_vmm(session);
         break;
     case MF_ACT_FINISH_VMM:
+        /* From here on what the mover answers to faults stays true. */
+        mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);
         session_vmm_ops(session)->finish_outgoing(session->vmm);
         break;
     case MF_ACT_RELEASE:
@@ -195,6 +220,11 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
     case MF_ACT_START_GUEST:
         session->released = true;
         session_vmm_ops(session)->resume(session->vmm, session->guest_was_running);
+        break;
+    case MF_ACT_START_AGAIN:
+        mf_log(MF_LOG_ERR, "%s: the guest does not start: %s; trying again", session->name,
+               session->reason);
+        arm_vm_timer(session, START_AGAIN_S);
         break;
     case MF_ACT_SEND_RUNNING:
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_RUNNING);
@@ -264,9 +294,7 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
         session_event(session, MF_EV_VMM_RETURNED);
         break;
     case VMM_GONE:
-        /* Its process ends a moment later, and is waited for. */
-        if (session->target_exited)
-            session_event(session, MF_EV_VMM_GONE);
+        /* Its process ends a moment later, which the pidfd tells. */
         break;
     case VMM_INCOMING:
         session_event(session, MF_EV_VMM_INCOMING);
@@ -284,7 +312,7 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
         }
         /* The first reason is the one that explains the others. */
         if (!session->reason[0] || session->state == MF_S_FAILING ||
-            session->state == MF_S_CANCELLING)
+            session->state == MF_S_CANCELLING || session->released)
             session_set_reason(session, "%s", detail);
         session_event(session, MF_EV_VMM_FAILED);
         break;
@@ -351,6 +379,8 @@ static void on_peer_phase(struct session *session, const struct mf_ipc *message)
 
 void session_on_mover_message(struct session *session, const struct mf_ipc *message)
 {
+    if (message->type != MF_IPC_CONFIRMED_ALL && message->link_number != session->link)
+        return; /* about a link that has been replaced */
     switch ((enum mf_ipc_type)message->type) {
     case MF_IPC_PEER_HELLO:
         on_peer_hello(session, message);
@@ -360,6 +390,8 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         break;
     case MF_IPC_LINK_UP:
         session->reconnect_tries = 0;
+        if (session->reconnect_timer)
+            evtimer_del(session->reconnect_timer);
         session->reason[0] = '\0';
         session_event(session, MF_EV_LINK_UP);
         if (session->role == MF_DESTINATION && session->released_at_source)

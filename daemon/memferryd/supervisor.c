@@ -207,7 +207,8 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
                            .setup = {.role = session->role,
                                      .region_count = session->region_count,
                                      .context_count = session->role == MF_DESTINATION,
-                                     .mapping_count = (uint32_t)mapping_count}};
+                                     .mapping_count = (uint32_t)mapping_count,
+                                     .restarted = session->mover_restarts > 0}};
     memcpy(setup.setup.session_id, session->id, sizeof(session->id));
     memcpy(setup.setup.name, session->name, sizeof(session->name));
     r = mf_ipc_send(sock, &setup, session->file_fd);
@@ -263,10 +264,15 @@ int mover_start(struct session *session, struct mf_error *err)
     session->mover_started_ns = mf_now_ns();
     m->session = session;
     m->pidfd = (int)syscall(SYS_pidfd_open, m->pid, 0);
-    join_cgroup(session, m->pid);
-    /* While it hands over, the socket blocks: a mover reads its orders before it does anything else. */
-    r = hand_over(session, m->sock, err);
+    if (m->pidfd < 0)
+        r = mf_fail(err, errno, "cannot watch memferry-mover: %s", strerror(errno));
+    /* While it hands over, the socket blocks, for a while: a mover reads its orders before anything else. */
+    const struct timeval patience = {.tv_sec = 2};
+    setsockopt(m->sock, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+    if (r == 0)
+        r = hand_over(session, m->sock, err);
     if (r == 0) {
+        join_cgroup(session, m->pid);
         evutil_make_socket_nonblocking(m->sock);
         m->exit_event = event_new(daemon_base(session->daemon), m->pidfd, EV_READ | EV_PERSIST,
                                   on_exit_event, m);

@@ -3,13 +3,12 @@
  * The target process: from what its VMM says to regions, and at the destination to an armed
  * userfaultfd.
  *
- * Order at the destination (I3): register every mapping first, then punch the files: from then on every touch is
- * a MISSING fault, also of what a prealloc or an earlier touch had mapped.
+ * Order at the destination (I3): register every mapping here, then the first mover empties the files (its
+ * setup.c), and only then does the session wait for a source.
  */
 #include "daemon/memferryd/session.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,13 +130,6 @@ static int arm(struct session *session, struct mf_error *err)
     int r = mf_uffd_api(session->uffd, features, MF_UFFD_FEATURES_WANTED, &enabled, err);
     for (int i = 0; r == 0 && i < count; i++)
         r = mf_uffd_register(session->uffd, mappings[i].start_addr, mappings[i].length_bytes, err);
-    for (unsigned i = 0; r == 0 && i < session->region_count; i++) {
-        const struct mf_region_source *region = &session->region[i];
-        if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
-                      (off_t)region->size_bytes) != 0)
-            r = mf_fail(err, errno, "cannot empty the memory %s of %s: %s", region->name,
-                        session->name, strerror(errno));
-    }
     return r;
 }
 
@@ -187,9 +179,17 @@ void target_let_go(struct session *session)
     if (session->pidfd_event)
         event_free(session->pidfd_event);
     session->pidfd_event = NULL;
-    /* The last descriptor's closing unregisters everything and lets all waiters go on. */
-    if (session->uffd >= 0)
+    /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand; closing the
+     * last descriptor would do it too. Either lets all waiters go on. */
+    if (session->uffd >= 0) {
+        struct mf_mapping mappings[MF_MAPPINGS_MAX];
+        int count = session->target_exited
+                        ? 0
+                        : target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
+        for (int i = 0; i < count; i++)
+            mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
         close(session->uffd);
+    }
     session->uffd = -1;
     if (session->remote_uffd >= 0 && !session->target_exited &&
         mf_inject_close(session->pid, session->remote_uffd, &err) < 0)

@@ -317,6 +317,13 @@ static void on_hello_reply(struct mover *mover, const Memferry__Peer__HelloReply
         return;
     }
     mover->link.hello_seen = true;
+    if (reply->refusal && reply->refusal[0] && mover->released) {
+        /* The guest is there and needs its pages: no refusal ends that. */
+        char why[200];
+        copy_text(why, sizeof(why), reply->refusal);
+        link_fail(mover, "the destination refused: %s", why);
+        return;
+    }
     if (reply->refusal && reply->refusal[0]) {
         struct mf_ipc refused = {.type = MF_IPC_PEER_ABORT};
         copy_text(refused.text, sizeof(refused.text), reply->refusal);

@@ -16,6 +16,9 @@ void link_begin(struct mover *mover, const struct mf_ipc *message)
 {
     struct link *link = &mover->link;
     link_drop(mover);
+    pthread_mutex_lock(&link->reason_lock);
+    atomic_store(&link->failed, false); /* what a thread of an older link may still have said */
+    pthread_mutex_unlock(&link->reason_lock);
     if (message->link.link == 0 || message->link.streams == 0 ||
         message->link.streams > MOVER_STREAMS_MAX)
         mover_fatal("memferryd began a link with %u streams", message->link.streams);
@@ -50,11 +53,15 @@ void link_add(struct mover *mover, uint32_t kind, uint32_t stream, int fd)
         place = &link->urgent_fd;
     else if (kind == MF_CONNECTION_BULK && stream < link->streams)
         place = &link->bulk[stream].fd;
-    if (kind == MF_CONNECTION_DEVICE && link->number) {
+    if (kind == MF_CONNECTION_DEVICE && link->number && mover->tunnel.fd[1] < 0) {
         tunnel_set(&mover->tunnel, 1, fd);
         return;
     }
-    if (!link->number || !place || *place >= 0) {
+    if (!link->number) {
+        close(fd); /* of a link that has been dropped meanwhile */
+        return;
+    }
+    if (!place || *place >= 0) {
         close(fd);
         link_fail(mover, "the peer opened a connection twice");
         return;
@@ -154,7 +161,7 @@ void link_reap(struct mover *mover)
     struct link *link = &mover->link;
     if (!link->number || !atomic_load(&link->failed))
         return;
-    struct mf_ipc lost = {.type = MF_IPC_LINK_LOST};
+    struct mf_ipc lost = {.type = MF_IPC_LINK_LOST, .link_number = link->number};
     pthread_mutex_lock(&link->reason_lock);
     memcpy(lost.text, link->reason, sizeof(link->reason));
     pthread_mutex_unlock(&link->reason_lock);

@@ -38,8 +38,11 @@ void mover_fatal(const char *fmt, ...)
 
 void mover_tell(struct mover *mover, const struct mf_ipc *message)
 {
+    struct mf_ipc numbered = *message;
+    if (!numbered.link_number)
+        numbered.link_number = mover->link.number;
     /* Without memferryd there is nobody to serve for; the page states are in the file. */
-    if (mf_ipc_send(mover->ipc_fd, message, -1) < 0)
+    if (mf_ipc_send(mover->ipc_fd, &numbered, -1) < 0)
         exit(EXIT_SUCCESS);
 }
 
@@ -72,7 +75,12 @@ static void take_order(struct mover *mover)
     case MF_IPC_PROCEED:
         control_proceed(mover, message.text);
         break;
+    case MF_IPC_FROZEN:
+        sweep_frozen(mover);
+        break;
     case MF_IPC_SEND:
+        if (message.link_number != mover->link.number)
+            break; /* it was meant for a link that is no more; the next hello says the same */
         if (message.phase == MEMFERRY__PEER__PHASE__PHASE_RELEASE)
             mover->released = true;
         control_send_phase(mover, message.phase, message.blackout_us);
@@ -104,10 +112,15 @@ static void look_at_flags(struct mover *mover)
         mover->confirmed_all_told = true;
         mover_tell(mover, &(struct mf_ipc){.type = MF_IPC_CONFIRMED_ALL});
     }
-    /* Every connection has brought its barrier and pages are still missing: say which, once more. */
+}
+
+/* Every connection has brought its barrier and pages are still missing: say which, once more. Not while
+ * an earlier list has not left: a source that does not read must not make it grow. */
+static void name_missing(struct mover *mover)
+{
     struct link *link = &mover->link;
     if (mover->role == MF_DESTINATION && link->up && !atomic_load(&mover->confirmed_all) &&
-        atomic_load(&link->barriers) == link->streams) {
+        link->control.out_have == 0 && atomic_load(&link->barriers) >= link->streams) {
         atomic_store(&link->barriers, 0);
         control_send_missing(mover);
     }
@@ -145,6 +158,7 @@ static void serve(struct mover *mover)
             look_at_flags(mover);
         else
             link_reap(mover);
+        name_missing(mover);
         if (wait[0].revents)
             take_order(mover);
     }

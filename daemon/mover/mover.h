@@ -35,8 +35,7 @@ struct region {
     uint32_t page_bytes;
     enum mf_memory_kind kind;
     int fd;
-    uint8_t *map; /**< the second mapping: source (read-only), destination on hugetlbfs; else NULL */
-    _Atomic uint64_t extent; /**< source: pages known to be no holes, first << 32 | end (sender.c) */
+    uint8_t *map; /**< the second mapping: read-only at the source */
 };
 
 struct mover;
@@ -95,6 +94,7 @@ struct sweep {
     _Atomic uint32_t urgent_busy;            /**< a fault is being answered: bulk threads let it by */
     pthread_mutex_t lock;                    /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
+    bool frozen;                             /**< the guest is paused: its RAM may be read */
     bool released;
     uint32_t pass;                           /**< from 1; 0: not begun */
 };
@@ -199,7 +199,9 @@ int sweep_init(struct mover *mover);
 void sweep_forget_sent(struct mover *mover);               /**< everything counts as sent … */
 int sweep_missing(struct mover *mover, uint32_t region, uint64_t first, uint64_t pages); /**< … but this */
 void sweep_next_pass(struct mover *mover);                 /**< let the bulk threads begin */
-void sweep_release(struct mover *mover);                   /**< RELEASE is out: RAM is frozen */
+void sweep_frozen(struct mover *mover);                    /**< the guest is paused: answer faults */
+bool sweep_wait_frozen(struct mover *mover);               /**< false: the link ended first */
+void sweep_release(struct mover *mover);                   /**< RELEASE is out: sweep */
 void *source_bulk_main(void *bulk_thread);
 void *source_urgent_main(void *mover);
 

@@ -23,15 +23,12 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
     region->pages = region->size_bytes / region->page_bytes;
     region->kind = (enum mf_memory_kind)message->region.kind;
     region->fd = fd;
-    /* The second mapping. On the destination pages of tmpfs land by write(2) instead (destination/land.c). */
-    if (mover->role == MF_SOURCE || region->kind == MF_MEMORY_HUGETLB) {
-        int prot = mover->role == MF_SOURCE ? PROT_READ : PROT_READ | PROT_WRITE;
-        void *at = mmap(NULL, region->size_bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
-        if (at == MAP_FAILED)
-            mover_fatal("cannot map the memory %s of %s: %s", region->name, mover->name,
-                        strerror(errno));
-        region->map = at;
-    }
+    int prot = mover->role == MF_SOURCE ? PROT_READ : PROT_READ | PROT_WRITE;
+    void *at = mmap(NULL, region->size_bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (at == MAP_FAILED)
+        mover_fatal("cannot map the memory %s of %s: %s", region->name, mover->name,
+                    strerror(errno));
+    region->map = at;
     mover->frame_region[mover->region_count] =
         (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
     mover->region_count++;
@@ -49,17 +46,35 @@ static void punch_page(void *arg, uint64_t page)
         mover_fatal("cannot punch a page out of %s: %s", region->name, strerror(errno));
 }
 
+/*
+ * The first mover of a destination empties the RAM files: every mapping is registered, so from then on every
+ * touch of the guest is a MISSING fault, also of what a prealloc or an earlier touch had mapped (I3). Here and not in
+ * memferryd because gigabytes take seconds.
+ */
+static void empty_files(const struct mover *mover)
+{
+    for (unsigned i = 0; i < mover->region_count; i++)
+        if (fallocate(mover->region[i].fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+                      (off_t)mover->region[i].size_bytes) != 0)
+            mover_fatal("cannot empty the memory %s of %s: %s", mover->region[i].name, mover->name,
+                        strerror(errno));
+}
+
 /* What a predecessor left. Nobody else touches the states yet. */
-static void take_over(struct mover *mover)
+static void take_over(struct mover *mover, bool restarted)
 {
     uint64_t missing = 0;
+    if (mover->role == MF_DESTINATION && !restarted)
+        empty_files(mover);
     for (unsigned i = 0; i < mover->region_count; i++) {
         struct punch punch = {.region = &mover->region[i]};
         missing += mf_page_restart(&mover->view.pages[i], punch_page, &punch);
     }
     atomic_store(&mover->figures->missing_pages, missing);
-    if (mover->role == MF_DESTINATION && missing == 0)
+    if (mover->role == MF_DESTINATION && missing == 0) {
         atomic_store(&mover->confirmed_all, true);
+        mover_wake(mover);
+    }
 }
 
 void mover_setup(struct mover *mover)
@@ -67,6 +82,7 @@ void mover_setup(struct mover *mover)
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     unsigned mapping_count = 0;
     int session_fd = -1;
+    bool restarted = false;
     struct mf_ipc message;
     struct mf_error err;
 
@@ -80,6 +96,7 @@ void mover_setup(struct mover *mover)
             mover->role = message.setup.role == MF_SOURCE ? MF_SOURCE : MF_DESTINATION;
             memcpy(mover->session_id, message.setup.session_id, sizeof(mover->session_id));
             memcpy(mover->name, message.setup.name, sizeof(mover->name) - 1);
+            restarted = message.setup.restarted;
             session_fd = fd;
             break;
         case MF_IPC_REGION:
@@ -115,7 +132,7 @@ all:
             mover_fatal("the session file does not fit the region %s", mover->region[i].name);
     mover->figures = &mover->view.file->figures;
     mf_layout_set(&mover->layout, mappings, mapping_count);
-    take_over(mover);
+    take_over(mover, restarted);
     if (mover->role == MF_SOURCE && sweep_init(mover) < 0)
         mover_fatal("out of memory for the sweep of %s", mover->name);
     /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */

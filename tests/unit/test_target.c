@@ -356,17 +356,28 @@ static void notices_foreign_mappings(void **state)
     assert_int_equal(find(ram.path, ram.length_bytes, &region, NULL), 0);
     assert_int_equal(mf_target_foreign(getpid(), &region, 1, who, sizeof(who)), 0);
 
-    pid_t child = fork(); /* inherits the mapping */
-    if (child == 0)
+    int told[2];
+    pid_t grandchild = 0;
+    assert_int_equal(pipe(told), 0);
+    pid_t child = fork(); /* inherits the mapping, as a mover has it; its child is a stranger */
+    if (child == 0) {
+        pid_t own = fork();
+        if (own != 0 && write(told[1], &own, sizeof(own)) != sizeof(own))
+            _exit(1);
         for (;;)
             pause();
+    }
+    assert_int_equal(read(told[0], &grandchild, sizeof(grandchild)), sizeof(grandchild));
     int rc = mf_target_foreign(getpid(), &region, 1, who, sizeof(who));
-    int as_target = mf_target_foreign(child, &region, 1, who + 48, sizeof(who) - 48);
+    int as_target = mf_target_foreign(grandchild, &region, 1, who + 48, sizeof(who) - 48);
+    kill(grandchild, SIGKILL);
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
+    close(told[0]);
+    close(told[1]);
     assert_int_equal(rc, 1);
     assert_non_null(strstr(who, "test_target (pid "));
-    assert_int_equal(as_target, 0); /* the caller's own mapping does not count */
+    assert_int_equal(as_target, 0); /* the caller's own mapping and its child's do not count */
     close(region.fd);
     unmap_ram(&ram);
 }

@@ -60,10 +60,22 @@ static void consume(struct bulk *b, size_t bytes)
     memmove(frame_at(b), frame_at(b) + bytes, b->have);
 }
 
+static int no_memory(const struct bulk *b, int error)
+{
+    link_fail(b->mover,
+              "the destination cannot write %s's memory: %s; free memory there, the session goes on "
+              "by itself",
+              b->mover->name, strerror(-error));
+    return error;
+}
+
 /* A huge page goes straight into the second mapping; what came along with the header is moved there. */
 static int receive_huge(struct bulk *b, const struct mf_frame *frame)
 {
-    uint8_t *to = land_begin_huge(&b->resolver, frame);
+    uint8_t *to = NULL;
+    int begun = land_begin_huge(&b->resolver, frame, &to);
+    if (begun < 0)
+        return no_memory(b, begun);
     size_t have = b->have - MF_FRAME_HEADER_BYTES; /* at most one header's worth of payload */
     int r = 1;
     if (to)
@@ -101,7 +113,7 @@ static int one_frame(struct bulk *b)
         link_fail(mover, "bulk connection %u: the source sent %s", b->self->stream, why);
         return -EPROTO;
     }
-    if (frame.type == MF_FRAME_DATA && mover->region[frame.region].map)
+    if (frame.type == MF_FRAME_DATA && mover->region[frame.region].kind == MF_MEMORY_HUGETLB)
         return receive_huge(b, &frame);
     r = have_bytes(b, MF_FRAME_HEADER_BYTES + frame.length_bytes);
     if (r <= 0)
@@ -109,13 +121,8 @@ static int one_frame(struct bulk *b)
     switch (frame.type) {
     case MF_FRAME_DATA:
         r = land_data(&b->resolver, &frame, frame_at(b) + MF_FRAME_HEADER_BYTES);
-        if (r < 0) {
-            link_fail(mover,
-                      "the destination cannot write %s's memory: %s; free memory there, the "
-                      "session goes on by itself",
-                      mover->name, strerror(-r));
-            return r;
-        }
+        if (r < 0)
+            return no_memory(b, r);
         break;
     case MF_FRAME_ZERO:
         land_zero(&b->resolver, &frame);

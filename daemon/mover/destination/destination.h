@@ -19,7 +19,7 @@
  *
  * The pages somebody waits for, with the time at which the message was read. Only the fault thread adds;
  * whoever makes a page resolvable finds FAULTED in its state and takes it out. Fixed size. An entry is
- * there whenever FAULTED is set.
+ * there whenever FAULTED is set, unless the table was full.
  */
 
 #define FAULT_SLOTS 8192u
@@ -53,6 +53,7 @@ struct resolver {
     /** on_event: called on EAGAIN; reads events if this is the fault thread. */
     void (*on_event)(void *arg);
     void *arg;
+    bool urgent; /**< the fault thread's: lands through the second mapping (land.c) */
 };
 
 /** resolve_run() - let the guest have pages whose states say so and which are in the page cache.
@@ -61,6 +62,9 @@ void resolve_run(struct resolver *resolver, uint32_t region, uint64_t first, uin
 
 /** resolve_page() - the same for one page that may also be a hole: it is given as zeros. */
 void resolve_page(struct resolver *resolver, uint32_t region, uint64_t page);
+
+/** resolve_wake() - make everybody who waits for a page fault again. */
+void resolve_wake(struct resolver *resolver, uint32_t region, uint64_t page);
 
 /** resolve_done() - a page that had FAULTED has been resolved: stop the clock. */
 void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
@@ -75,8 +79,9 @@ void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
 int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload);
 
 /** land_begin_huge() / land_end_huge() - a page of hugetlbfs, received straight into the second mapping.
- *  begin: where to receive to, or NULL: somebody else has it, receive into scratch. end: @arrived? */
-uint8_t *land_begin_huge(struct resolver *resolver, const struct mf_frame *frame);
+ *  begin: @to is where to receive to, or NULL: somebody else has it, receive into scratch.
+ *  Return: 0, or -errno: no huge page is to be had. end: has it @arrived? */
+int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to);
 void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived);
 
 /** land_zero() - a ZERO frame. */

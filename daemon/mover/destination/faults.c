@@ -186,7 +186,12 @@ static void start_frame(struct fault_thread *t)
 static void begin_huge(struct fault_thread *t)
 {
     size_t along = t->in_have - MF_FRAME_HEADER_BYTES;
-    t->huge = land_begin_huge(&t->resolver, &t->frame);
+    t->huge = NULL;
+    int r = land_begin_huge(&t->resolver, &t->frame, &t->huge);
+    if (r < 0) {
+        urgent_broken(t, r == -EFAULT ? "no huge page is free here" : strerror(-r));
+        return;
+    }
     if (!t->huge) {
         /* Only a frame that travelled twice: let the link be made anew rather than carry a second path
          * for megabytes that nobody needs. */
@@ -230,7 +235,8 @@ static void take_frames(struct fault_thread *t)
                 urgent_broken(t, why);
                 return;
             }
-            if (t->frame.type == MF_FRAME_DATA && mover->region[t->frame.region].map) {
+            if (t->frame.type == MF_FRAME_DATA &&
+                mover->region[t->frame.region].kind == MF_MEMORY_HUGETLB) {
                 begin_huge(t);
                 continue;
             }
@@ -312,15 +318,14 @@ static void serve(struct fault_thread *t, const struct fault *fault)
     if (!mf_page_resolvable(byte)) {
         if (byte & MF_PAGE_FAULTED)
             return; /* somebody waits for it already; one ioctl will wake them all */
-        bool timed = fault_table_add(&t->table, region, page, fault->since_ns);
-        if (timed)
-            byte = mf_page_fault(states, page);
+        /* In a table that is full it is served untimed; FAULTED is set all the same. */
+        fault_table_add(&t->table, region, page, fault->since_ns);
+        byte = mf_page_fault(states, page);
         if (!mf_page_resolvable(byte)) {
             request(t, region, page);
             return;
         }
-        if (timed)
-            fault_table_take(&t->table, region, page);
+        fault_table_take(&t->table, region, page);
     }
     resolve_page(&t->resolver, region, page);
     mf_histogram_add(&mover->figures->faults, mf_now_ns() - fault->since_ns);
@@ -347,8 +352,10 @@ static void discard_range(struct fault_thread *t, uint32_t context, uint64_t sta
             if (mf_page_state_of(was) == MF_PAGE_LANDING)
                 continue; /* its lander finishes it */
             missing += !mf_page_resolvable(was);
+            /* Not resolved here: that could read events in the middle of a batch of them, and so apply
+             * them out of order. A wake needs no such care; who waits faults again and is served. */
             if (was & MF_PAGE_FAULTED) {
-                resolve_page(&t->resolver, m->region, page);
+                resolve_wake(&t->resolver, m->region, page);
                 resolve_done(&t->resolver, m->region, page);
             }
         }
@@ -546,7 +553,7 @@ int faults_start(struct mover *mover)
     t->fd = -1;
     atomic_store(&t->wanted_fd, -1);
     t->resolver = (struct resolver){
-        .mover = mover, .table = &t->table, .on_event = on_event, .arg = t};
+        .mover = mover, .table = &t->table, .on_event = on_event, .arg = t, .urgent = true};
     t->in = aligned_alloc(4096, LEAD + MF_FRAME_DATA_MAX_BYTES + 4096);
     t->kick_fd = eventfd(0, EFD_CLOEXEC);
     if (!t->in || t->kick_fd < 0 || sem_init(&t->done, 0, 0) != 0)

@@ -6,14 +6,26 @@
  * one pwrite(2). That is one copy more than receiving into a mapping, and still much faster: write(2)
  * of whole pages allocates without clearing them first, needs no page-table entry of ours and takes no fault
  * (doc/performance.md has the figures). It also means that a page is LANDING only for as long as a copy
- * within memory takes, never for as long as the network does. hugetlbfs has no write(2); its pages are
- * received straight into the second mapping.
+ * within memory takes, never for as long as the network does.
+ *
+ * But write(2) holds the file's lock, and a bulk thread that is preempted with it would keep the fault thread
+ * waiting. So that one, which lands single pages, stores through the second mapping.
+ *
+ * hugetlbfs has no write(2); its pages are received straight into the second mapping.
  */
 #include "daemon/mover/destination/destination.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+/* Claimed at once: who waits for one of these pages waits for all. */
+#define RUN_BYTES (64u * 1024u)
 
 void land_count_missing(struct mover *mover, uint64_t pages)
 {
@@ -59,6 +71,16 @@ static int write_all(int fd, const uint8_t *from, uint64_t length_bytes, uint64_
     return 0;
 }
 
+/* Through the mapping. Populating first turns "no memory" into an error instead of a signal. */
+static int store(const struct region *region, uint64_t first, uint64_t pages, const uint8_t *from)
+{
+    uint8_t *to = region->map + first * region->page_bytes;
+    if (madvise(to, pages * region->page_bytes, MADV_POPULATE_WRITE) != 0)
+        return errno == EFAULT ? -ENOSPC : -errno;
+    memcpy(to, from, pages * region->page_bytes);
+    return 0;
+}
+
 /* [first, first + pages): claimed by this call. */
 static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t first,
                     uint64_t pages, const uint8_t *from)
@@ -66,7 +88,9 @@ static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t f
     struct mover *mover = resolver->mover;
     const struct region *region = &mover->region[region_index];
     const struct mf_pages *states = &mover->view.pages[region_index];
-    int r = write_all(region->fd, from, pages * region->page_bytes, first * region->page_bytes);
+    int r = resolver->urgent ? store(region, first, pages, from)
+                             : write_all(region->fd, from, pages * region->page_bytes,
+                                         first * region->page_bytes);
     if (r < 0) {
         for (uint64_t page = first; page < first + pages; page++)
             if (mf_page_unclaim(states, page) & MF_PAGE_DISCARD)
@@ -108,7 +132,7 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
     uint64_t page = frame->first_page;
     while (page < end) {
         uint64_t first = page;
-        while (page < end && mf_page_claim(states, page))
+        while (page < end && (page - first) * page_bytes < RUN_BYTES && mf_page_claim(states, page))
             page++;
         if (page > first) {
             int r = land_run(resolver, frame->region, first, page - first,
@@ -122,12 +146,20 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
     return 0;
 }
 
-uint8_t *land_begin_huge(struct resolver *resolver, const struct mf_frame *frame)
+int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to)
 {
     const struct region *region = &resolver->mover->region[frame->region];
+    uint8_t *at = region->map + frame->first_page * region->page_bytes;
+    *to = NULL;
     if (!mf_page_claim(&resolver->mover->view.pages[frame->region], frame->first_page))
-        return NULL;
-    return region->map + frame->first_page * region->page_bytes;
+        return 0;
+    if (madvise(at, region->page_bytes, MADV_POPULATE_WRITE) != 0) {
+        int r = -errno;
+        land_end_huge(resolver, frame, false);
+        return r;
+    }
+    *to = at;
+    return 0;
 }
 
 void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived)

@@ -12,10 +12,8 @@
 #define MADV_POPULATE_READ 22
 #endif
 
-void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd,
-                 bool urgent)
+void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd)
 {
-    sender->urgent = urgent;
     sender->mover = mover;
     sender->ring = ring;
     sender->fd = fd;
@@ -98,6 +96,23 @@ static int put_data(struct sender *s, uint32_t region, uint64_t first, uint64_t 
                      r->map + first * r->page_bytes);
 }
 
+/*
+ * Does a page read as zeros? On hugetlbfs, which calls its holes data, a look through the mapping would allocate
+ * a huge page for a hole, or end in SIGBUS where none is free. read(2) does neither; the mapping is
+ * touched only for pages that have bytes.
+ */
+static bool reads_as_zeros(struct sender *s, const struct region *r, uint64_t page)
+{
+    if (r->kind != MF_MEMORY_HUGETLB)
+        return mf_is_zero(r->map + page * r->page_bytes, r->page_bytes);
+    for (uint64_t at = 0; at < r->page_bytes; at += sizeof(s->look)) {
+        ssize_t n = pread(r->fd, s->look, sizeof(s->look), (off_t)(page * r->page_bytes + at));
+        if (n != (ssize_t)sizeof(s->look) || !mf_is_zero(s->look, sizeof(s->look)))
+            return false;
+    }
+    return true;
+}
+
 /* Pages that the file holds: zeros are found and not sent. */
 static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint64_t end,
                          bool again)
@@ -109,7 +124,7 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
                               ? 1
                               : SENDER_BATCH_BYTES / r->page_bytes;
     /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
-    if (end - first > 16)
+    if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
         madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes,
                 MADV_POPULATE_READ);
     uint64_t page = first;
@@ -119,7 +134,7 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
         /* The run of zeros that begins here … */
         while (page < end &&
                (again || mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_UNSENT) &&
-               mf_is_zero(r->map + page * r->page_bytes, r->page_bytes))
+               reads_as_zeros(s, r, page))
             page++;
         zeros = page - run;
         if (zeros > 0) {
@@ -135,7 +150,7 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
                 break;
             fresh += won;
             page++;
-            if (page < end && mf_is_zero(r->map + page * r->page_bytes, r->page_bytes))
+            if (page < end && reads_as_zeros(s, r, page))
                 break;
         }
         if (page > run)
@@ -151,53 +166,37 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
 /*
  * What [page, end) begins with: data or a hole, and up to where.
  *
- * A hole must not even be read: reading it through a mapping would allocate it. SEEK_DATA is quick, for it
- * stops at the first page it finds; SEEK_HOLE looks at every page up to the next hole, which in a well
- * filled guest is most of its RAM. So the sweep asks for the end of an extent once and keeps it for all
- * threads (RAM is frozen), and the urgent thread asks only about single pages. hugetlbfs knows no SEEK_DATA and
- * calls everything data.
+ * A hole must not even be read: reading it through a mapping would allocate it. SEEK_HOLE would name the end
+ * of the data in one call, but it looks at every page up to the next hole, which in a well filled guest is
+ * most of its RAM; asked for every chunk that took more time than everything else together. SEEK_DATA stops at
+ * the first page it finds, so it is asked page by page. hugetlbfs knows no SEEK_DATA and calls
+ * everything data.
  */
-static int next_extent(struct sender *s, struct region *r, uint64_t page, uint64_t end, bool *data,
+static int next_extent(const struct region *r, uint64_t page, uint64_t end, bool *data,
                        uint64_t *until)
 {
-    uint64_t known = atomic_load_explicit(&r->extent, memory_order_relaxed);
-    uint64_t known_first = known >> 32, known_end = known & UINT32_MAX;
-    *data = true;
-    if (page >= known_first && page < known_end) {
-        *until = known_end < end ? known_end : end;
+    for (uint64_t at = page;; at++) {
+        off_t found = at < end ? lseek(r->fd, (off_t)(at * r->page_bytes), SEEK_DATA) : -1;
+        if (found < 0 && at < end && errno != ENXIO)
+            return -errno;
+        uint64_t data_page = found < 0 ? end : (uint64_t)found / r->page_bytes;
+        if (data_page == at && at < end)
+            continue;
+        *data = at > page;
+        *until = *data ? at : data_page < end ? data_page : end;
         return 0;
     }
-    off_t at = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_DATA);
-    if (at < 0 && errno != ENXIO)
-        return -errno;
-    uint64_t data_page = at < 0 ? end : (uint64_t)at / r->page_bytes;
-    if (data_page > page) {
-        *data = false;
-        *until = data_page < end ? data_page : end;
-        return 0;
-    }
-    *until = page + 1;
-    if (s->urgent || end - page == 1)
-        return 0;
-    at = lseek(r->fd, (off_t)(page * r->page_bytes), SEEK_HOLE);
-    uint64_t hole_page = at < 0 ? r->pages : ((uint64_t)at + r->page_bytes - 1) / r->page_bytes;
-    if (hole_page > r->pages)
-        hole_page = r->pages;
-    if (hole_page <= UINT32_MAX)
-        atomic_store_explicit(&r->extent, page << 32 | hole_page, memory_order_relaxed);
-    *until = hole_page < end ? hole_page : end;
-    return 0;
 }
 
 int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool again)
 {
-    struct region *r = &s->mover->region[region];
+    const struct region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     uint64_t page = first;
     while (page < end) {
         bool data = false;
         uint64_t until = end;
-        int result = next_extent(s, r, page, end, &data, &until);
+        int result = next_extent(r, page, end, &data, &until);
         if (result == 0)
             result = data ? offer_present(s, region, page, until, again)
                           : put_empty(s, region, page, until - page, true, again);

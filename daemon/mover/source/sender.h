@@ -21,16 +21,15 @@ struct sender {
     struct mover *mover;
     struct io_uring *ring;
     int fd;
-    bool urgent; /**< sends single pages: looks no farther for holes than it must */
     unsigned frames;
     unsigned iovecs;
     uint64_t batch_bytes;
+    uint8_t look[65536] __attribute__((aligned(64))); /**< a piece of a huge page */
     uint8_t header[SENDER_FRAMES][MF_FRAME_HEADER_BYTES];
     struct iovec iov[2 * SENDER_FRAMES];
 };
 
-void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd,
-                 bool urgent);
+void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ring, int fd);
 
 /**
  * sender_pages() - offer a run of pages: DATA, ZERO or hole, as they are.

@@ -71,16 +71,36 @@ void sweep_next_pass(struct mover *mover)
         atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
     sweep->pass++;
     if (mover->released)
-        sweep->released = true;
+        sweep->frozen = sweep->released = true;
     pthread_cond_broadcast(&sweep->changed);
     pthread_mutex_unlock(&sweep->lock);
+}
+
+void sweep_frozen(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    sweep->frozen = true;
+    pthread_cond_broadcast(&sweep->changed);
+    pthread_mutex_unlock(&sweep->lock);
+}
+
+bool sweep_wait_frozen(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    while (!atomic_load(&mover->link.stop) && !sweep->frozen)
+        pthread_cond_wait(&sweep->changed, &sweep->lock);
+    bool frozen = sweep->frozen;
+    pthread_mutex_unlock(&sweep->lock);
+    return frozen;
 }
 
 void sweep_release(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
     pthread_mutex_lock(&sweep->lock);
-    sweep->released = true;
+    sweep->frozen = sweep->released = true;
     pthread_cond_broadcast(&sweep->changed);
     pthread_mutex_unlock(&sweep->lock);
 }
@@ -172,10 +192,10 @@ void *source_bulk_main(void *argument)
     prctl(PR_SET_NAME, "bulk-send");
     schedule_behind();
     int r = ring_open(&ring, 4);
-    struct sender *sender = malloc(sizeof(*sender));
+    struct sender *sender = aligned_alloc(64, sizeof(*sender));
     if (r < 0 || !sender)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
-    sender_init(sender, mover, &ring, bulk->fd, false);
+    sender_init(sender, mover, &ring, bulk->fd);
     uint32_t pass = 0;
     while (r == 0 && (pass = wait_for_pass(mover, pass)) != 0)
         r = one_pass(sender, pass);

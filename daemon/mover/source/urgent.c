@@ -109,15 +109,18 @@ static int send_neighbours(struct urgent *u)
 void *source_urgent_main(void *argument)
 {
     struct mover *mover = argument;
-    struct urgent *u = calloc(1, sizeof(*u));
+    struct urgent *u = aligned_alloc(64, sizeof(*u));
     prctl(PR_SET_NAME, "urgent-send");
     int r = u ? ring_open(&u->ring, 8) : -ENOMEM;
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     u->mover = mover;
+    u->in_have = u->recent_count = 0;
     u->fd = mover->link.urgent_fd;
-    sender_init(&u->sender, mover, &u->ring, u->fd, true);
+    sender_init(&u->sender, mover, &u->ring, u->fd);
     const char *what = NULL;
+    /* While the guest still runs here no answer would stay true. Requests wait in the socket. */
+    sweep_wait_frozen(mover);
     while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
         ssize_t n;
         if (u->recent_count > 0)
