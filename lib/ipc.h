@@ -56,7 +56,7 @@ struct mf_ipc {
             uint32_t role, region_count, context_count, mapping_count;
             uint8_t session_id[MF_SESSION_ID_BYTES];
             char name[64];
-            bool restarted; /**< the session had a mover before: take its page states over */
+            uint8_t restarted; /**< the session had a mover before: take its page states over */
         } setup;
         struct {
             char name[64];
@@ -67,19 +67,19 @@ struct mf_ipc {
         struct mf_mapping mapping;
         struct {
             uint32_t link, streams;
-            bool released, guest_running;
+            uint8_t released, guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
         } link;
         struct {
             uint32_t kind, stream;
         } connection;
         struct {
             uint64_t allocated_bytes;
-            bool released, guest_running;
+            uint8_t released, guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
         } hello;
         struct {
             uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;
         } drained;
-        bool cancelled;       /**< SEND_ABORT, PEER_ABORT */
+        uint8_t cancelled;    /**< SEND_ABORT, PEER_ABORT */
         uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
     char text[768]; /**< as long as an error's sentence */

@@ -283,8 +283,8 @@ static void on_hello(struct mover *mover, const Memferry__Peer__Hello *hello)
         mover->guest_running = hello->guest_running;
         mover_tell(mover, &(struct mf_ipc){.type = MF_IPC_PEER_HELLO,
                                            .hello = {.allocated_bytes = hello->allocated_bytes,
-                                                     .released = hello->released,
-                                                     .guest_running = hello->guest_running}});
+                                                     .released = hello->released != 0,
+                                                     .guest_running = hello->guest_running != 0}});
         return;
     }
     control_proceed(mover, why);
@@ -399,7 +399,7 @@ static void on_message(struct mover *mover, const Memferry__Peer__Message *messa
         break;
     case MEMFERRY__PEER__MESSAGE__BODY_ABORT:
         tell.type = MF_IPC_PEER_ABORT;
-        tell.cancelled = message->abort->cancelled;
+        tell.cancelled = message->abort->cancelled != 0;
         copy_text(tell.text, sizeof(tell.text), message->abort->reason);
         mover_tell(mover, &tell);
         break;
