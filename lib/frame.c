@@ -9,13 +9,30 @@ static const uint8_t preamble_magic[8] = {'M', 'E', 'M', 'F', 'E', 'R', 'R', 'Y'
 static const uint8_t reply_magic[8] = {'M', 'F', 'A', 'N', 'S', 'W', 'E', 'R'};
 
 /* Offsets of the preamble. */
-enum { P_VERSION = 8, P_OLDEST = 12, P_ID = 16, P_KIND = 32, P_STREAM = 34, P_STREAMS = 36,
-       P_PAD = 38, P_LINK = 40, P_RESERVED = 44, P_NAME = 64 };
+enum {
+    P_VERSION = 8,
+    P_OLDEST = 12,
+    P_ID = 16,
+    P_KIND = 32,
+    P_STREAM = 34,
+    P_STREAMS = 36,
+    P_PAD = 38,
+    P_LINK = 40,
+    P_RESERVED = 44,
+    P_NAME = 64
+};
 /* Offsets of the answer. */
 enum { R_VERSION = 8, R_OLDEST = 12, R_STATUS = 16, R_RESERVED = 20 };
 /* Offsets of a frame header. */
-enum { F_TYPE = 0, F_FLAGS = 1, F_REGION = 2, F_RESERVED = 4, F_FIRST = 8, F_PAGES = 16,
-       F_LENGTH = 24 };
+enum {
+    F_TYPE = 0,
+    F_FLAGS = 1,
+    F_REGION = 2,
+    F_RESERVED = 4,
+    F_FIRST = 8,
+    F_PAGES = 16,
+    F_LENGTH = 24
+};
 
 static void put16(uint8_t *at, uint16_t v)
 {
@@ -87,7 +104,8 @@ int mf_preamble_decode(const uint8_t in[MF_PREAMBLE_BYTES], struct mf_preamble *
     out->oldest_version = get32(in + P_OLDEST);
     if (out->oldest_version > out->version)
         return wrong(why, "the preamble's oldest version is newer than its version");
-    /* What follows is laid out by the version; a peer of another version is answered, not parsed. */
+    /* What follows is laid out by the version; a peer of another version is answered, not parsed.
+     */
     if (!mf_versions_meet(out->version, out->oldest_version))
         return 0;
     memcpy(out->session_id, in + P_ID, MF_SESSION_ID_BYTES);
@@ -150,8 +168,7 @@ void mf_frame_encode(const struct mf_frame *frame, uint8_t out[MF_FRAME_HEADER_B
     put64(out + F_LENGTH, frame->length_bytes);
 }
 
-int mf_frame_decode(const uint8_t in[MF_FRAME_HEADER_BYTES], struct mf_frame *out,
-                    const char **why)
+int mf_frame_decode(const uint8_t in[MF_FRAME_HEADER_BYTES], struct mf_frame *out, const char **why)
 {
     out->type = in[F_TYPE];
     out->flags = in[F_FLAGS];

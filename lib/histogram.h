@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * A histogram of durations with fixed buckets: eight to each power of two, so a quantile is off by at
- * most 1/8. It is plain memory of atomics, fit for a shared file; any thread may add, none allocates.
+ * A histogram of durations with fixed buckets: eight to each power of two, so a quantile is off by
+ * at most 1/8. It is plain memory of atomics, fit for a shared file; any thread may add, none
+ * allocates.
  */
 #pragma once
 

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Between memferryd and a memferry-mover: fixed-size messages over a SOCK_SEQPACKET socketpair, each with
- * at most one descriptor (SCM_RIGHTS). Both are of one build, so there is no version; but the mover talks
- * to the network, so memferryd checks every field that it uses.
+ * Between memferryd and a memferry-mover: fixed-size messages over a SOCK_SEQPACKET socketpair,
+ * each with at most one descriptor (SCM_RIGHTS). Both are of one build, so there is no version; but
+ * the mover talks to the network, so memferryd checks every field that it uses.
  *
- * Order, memferryd → mover: SETUP, REGION…, CONTEXT…, MAPPING…, GO. The mover then gives up every privilege and
- * answers READY. For each link: LINK, its CONNECTIONs in any order (and DEVICE on the first link), after
- * which the hellos run. UNLINK or LINK_LOST end a link.
+ * Order, memferryd → mover: SETUP, REGION…, CONTEXT…, MAPPING…, GO. The mover then gives up every
+ * privilege and answers READY. For each link: LINK, its CONNECTIONs in any order (and DEVICE on the
+ * first link), after which the hellos run. UNLINK or LINK_LOST end a link.
  */
 #pragma once
 
@@ -21,11 +21,11 @@
 
 enum mf_ipc_type {
     /* memferryd → mover */
-    MF_IPC_SETUP = 1,  /**< with the session file */
-    MF_IPC_REGION,     /**< with the RAM file */
-    MF_IPC_CONTEXT,    /**< destination: with the userfaultfd */
-    MF_IPC_MAPPING,    /**< destination */
-    MF_IPC_GO,         /**< all is handed over; at the destination, empty the RAM files unless restarted */
+    MF_IPC_SETUP = 1, /**< with the session file */
+    MF_IPC_REGION,    /**< with the RAM file */
+    MF_IPC_CONTEXT,   /**< destination: with the userfaultfd */
+    MF_IPC_MAPPING,   /**< destination */
+    MF_IPC_GO, /**< all is handed over; at the destination, empty the RAM files unless restarted */
     MF_IPC_LINK,
     MF_IPC_CONNECTION, /**< with a connected socket, preamble done */
     MF_IPC_DEVICE,     /**< with our end of the VMM's device stream */
@@ -36,9 +36,9 @@ enum mf_ipc_type {
     MF_IPC_UNLINK,
     /* mover → memferryd */
     MF_IPC_READY,
-    MF_IPC_PEER_HELLO,    /**< destination: regions agree; may it go on? */
+    MF_IPC_PEER_HELLO, /**< destination: regions agree; may it go on? */
     MF_IPC_LINK_UP,
-    MF_IPC_LINK_LOST,     /**< text says why */
+    MF_IPC_LINK_LOST, /**< text says why */
     MF_IPC_PEER_PHASE,
     MF_IPC_PEER_DRAINED,  /**< source: with the destination's figures */
     MF_IPC_PEER_ABORT,    /**< text says why */
@@ -49,8 +49,9 @@ enum mf_ipc_type {
 /** struct mf_ipc - one message. Unused fields are zero. */
 struct mf_ipc {
     uint32_t type;
-    uint32_t phase; /**< Memferry__Peer__Phase of SEND and PEER_PHASE */
-    uint32_t link_number; /**< SEND, and all of the mover's messages: which link; others are out of date */
+    uint32_t phase;       /**< Memferry__Peer__Phase of SEND and PEER_PHASE */
+    uint32_t link_number; /**< SEND, and all of the mover's messages: which link; others are out of
+                             date */
     union {
         struct {
             uint32_t role, region_count, context_count, mapping_count;
@@ -67,14 +68,16 @@ struct mf_ipc {
         struct mf_mapping mapping;
         struct {
             uint32_t link, streams;
-            uint8_t released, guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
+            uint8_t released,
+                guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
         } link;
         struct {
             uint32_t kind, stream;
         } connection;
         struct {
             uint64_t allocated_bytes;
-            uint8_t released, guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
+            uint8_t released,
+                guest_running; /**< 0 or 1; not bool, for the other side is less trusted */
         } hello;
         struct {
             uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;

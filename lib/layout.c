@@ -4,9 +4,10 @@
 #include <errno.h>
 
 /*
- * The orders, without fences (which thread sanitizers don't follow): a field is stored with release, so
- * behind the store that made the sequence odd, and loaded with acquire, so before the second look at it.
- * Whoever loaded a new field therefore sees the odd number, or a later one, and reads again.
+ * The orders, without fences (which thread sanitizers don't follow): a field is stored with
+ * release, so behind the store that made the sequence odd, and loaded with acquire, so before the
+ * second look at it. Whoever loaded a new field therefore sees the odd number, or a later one, and
+ * reads again.
  */
 static uint64_t get(const _Atomic uint64_t *field)
 {
@@ -164,8 +165,8 @@ int mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_a
     return 0;
 }
 
-int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr, uint64_t to_addr,
-                    uint64_t length_bytes)
+int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
+                    uint64_t to_addr, uint64_t length_bytes)
 {
     struct mf_mapping next[MF_MAPPINGS_MAX];
     uint32_t count = mf_layout_get(layout, next, MF_MAPPINGS_MAX), had = count;

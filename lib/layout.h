@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The layout: where targets map which part of which region. One thread writes (the one that reads the
- * userfaultfd's events), any thread reads; a reader never waits for a lock and sees either the table before a
- * change or after it (a sequence counter; every field is an atomic of its own).
+ * The layout: where targets map which part of which region. One thread writes (the one that reads
+ * the userfaultfd's events), any thread reads; a reader never waits for a lock and sees either the
+ * table before a change or after it (a sequence counter; every field is an atomic of its own).
  *
  * A page is (region, index), never an address: addresses come from here at the last moment, and the
  * kernel refuses (-ENOENT) what was unmapped in between.
@@ -16,7 +16,8 @@
 #include "lib/target.h"
 
 struct mf_layout_entry {
-    _Atomic uint64_t start_addr, length_bytes, offset_bytes, region_context; /**< region << 32 | context */
+    _Atomic uint64_t start_addr, length_bytes, offset_bytes,
+        region_context; /**< region << 32 | context */
 };
 
 struct mf_layout {
@@ -55,9 +56,9 @@ int mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_a
                     uint64_t end_addr);
 
 /**
- * mf_layout_remap() - [@from, +@length_bytes) was moved to @to: the mappings there are added at the new
- * place. The old place goes by the UNMAP that follows; none follows MREMAP_DONTUNMAP. Writer only.
- * Return: 0 or -E2BIG.
+ * mf_layout_remap() - [@from, +@length_bytes) was moved to @to: the mappings there are added at the
+ * new place. The old place goes by the UNMAP that follows; none follows MREMAP_DONTUNMAP. Writer
+ * only. Return: 0 or -E2BIG.
  */
-int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr, uint64_t to_addr,
-                    uint64_t length_bytes);
+int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
+                    uint64_t to_addr, uint64_t length_bytes);

@@ -63,22 +63,29 @@ struct row {
 /* Before RELEASE, with the VMM already at work: everything that goes wrong returns the guest. */
 #define BEFORE_RELEASE(state)                                                                      \
     {state, MF_EV_LINK_LOST, MF_ACT_RETURN_GUEST, MF_S_FAILING},                                   \
-    {state, MF_EV_PEER_FAILED, MF_ACT_RETURN_GUEST, MF_S_FAILING},                                 \
-    {state, MF_EV_PEER_CANCELLED, MF_ACT_RETURN_GUEST, MF_S_CANCELLING},                           \
-    {state, MF_EV_CANCEL, MF_ACT_RETURN_GUEST, MF_S_CANCELLING},                                   \
-    {state, MF_EV_VMM_FAILED, MF_ACT_RETURN_GUEST, MF_S_FAILING},                                  \
-    {state, MF_EV_TARGET_EXITED, MF_ACT_END_TELL, MF_FAILED}
+        {state, MF_EV_PEER_FAILED, MF_ACT_RETURN_GUEST, MF_S_FAILING},                             \
+        {state, MF_EV_PEER_CANCELLED, MF_ACT_RETURN_GUEST, MF_S_CANCELLING},                       \
+        {state, MF_EV_CANCEL, MF_ACT_RETURN_GUEST, MF_S_CANCELLING},                               \
+        {state, MF_EV_VMM_FAILED, MF_ACT_RETURN_GUEST, MF_S_FAILING},                              \
+    {                                                                                              \
+        state, MF_EV_TARGET_EXITED, MF_ACT_END_TELL, MF_FAILED                                     \
+    }
 
 /* After RELEASE: the source's VMM may even die, its RAM is a file that we hold. */
 #define AFTER_RELEASE(state)                                                                       \
     {state, MF_EV_LINK_LOST, MF_ACT_RECONNECT, MF_S_RECOVERING},                                   \
-    {state, MF_EV_PEER_DRAINED, MF_ACT_FINISH, MF_S_DRAINED},                                      \
-    {state, MF_EV_PEER_FAILED, MF_ACT_END, MF_FAILED}
+        {state, MF_EV_PEER_DRAINED, MF_ACT_FINISH, MF_S_DRAINED},                                  \
+    {                                                                                              \
+        state, MF_EV_PEER_FAILED, MF_ACT_END, MF_FAILED                                            \
+    }
 
-/* Destination, from LOADED on: the source may have released the guest. A VMM that does not answer is no
- * reason to take its pages away (they would read as zeros): only the end of its process ends this. */
+/* Destination, from LOADED on: the source may have released the guest. A VMM that does not answer
+ * is no reason to take its pages away (they would read as zeros): only the end of its process ends
+ * this. */
 #define GUEST_IS_HERE(state)                                                                       \
-    {state, MF_EV_TARGET_EXITED, MF_ACT_END_TELL, MF_FAILED}
+    {                                                                                              \
+        state, MF_EV_TARGET_EXITED, MF_ACT_END_TELL, MF_FAILED                                     \
+    }
 
 static const struct row rows[] = {
     /* ---- source ---- */
@@ -131,7 +138,8 @@ static const struct row rows[] = {
     {MF_S_CANCELLING, MF_EV_PEER_CANCELLED, MF_ACT_NONE, MF_S_CANCELLING},
 
     /* ---- destination ---- */
-    /* Nothing of the VM has been touched by the peer yet: a refused or broken attempt leaves it armed. */
+    /* Nothing of the VM has been touched by the peer yet: a refused or broken attempt leaves it
+       armed. */
     {MF_D_WAITING, MF_EV_LINK_UP, MF_ACT_START_VMM, MF_D_PRECOPY},
     {MF_D_WAITING, MF_EV_LINK_LOST, MF_ACT_NONE, MF_D_WAITING},
     {MF_D_WAITING, MF_EV_PEER_FAILED, MF_ACT_NONE, MF_D_WAITING},
@@ -183,8 +191,8 @@ static const struct row rows[] = {
     {MF_D_RECOVERING, MF_EV_CONFIRMED_ALL, MF_ACT_END, MF_DONE},
     GUEST_IS_HERE(MF_D_RECOVERING),
 
-    /* Everything is here. Without a link the session is over for this host: a source that comes back is
-     * told so by the answer to its preamble, and only then lets its VM go (I5). */
+    /* Everything is here. Without a link the session is over for this host: a source that comes
+     * back is told so by the answer to its preamble, and only then lets its VM go (I5). */
     {MF_D_DRAINED, MF_EV_PEER_DRAINED_ACK, MF_ACT_END, MF_DONE},
     {MF_D_DRAINED, MF_EV_LINK_LOST, MF_ACT_END, MF_DONE},
     {MF_D_DRAINED, MF_EV_LINK_UP, MF_ACT_SEND_DRAINED, MF_D_DRAINED},

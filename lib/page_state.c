@@ -90,9 +90,8 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
         }
         uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
         while (mf_page_state_of(was) == MF_PAGE_UNCONFIRMED) {
-            if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was,
-                                                      MF_PAGE_CONFIRMED, memory_order_acq_rel,
-                                                      memory_order_relaxed)) {
+            if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, MF_PAGE_CONFIRMED,
+                                                      memory_order_acq_rel, memory_order_relaxed)) {
                 changed++;
                 if ((was & MF_PAGE_FAULTED) && faulted)
                     faulted(arg, page);

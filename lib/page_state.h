@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * One small atomic state per page (design: "page state"), in a shared file, so that a mover's successor
- * finds what its predecessor had done. Lock-free: any thread may call any function here for any page.
+ * One small atomic state per page (design: "page state"), in a shared file, so that a mover's
+ * successor finds what its predecessor had done. Lock-free: any thread may call any function here
+ * for any page.
  *
- * Destination. Two views matter: may the page be resolved (CONFIRMED or DISCARDED), and who is filling it
- * (the one thread whose claim succeeded).
+ * Destination. Two views matter: may the page be resolved (CONFIRMED or DISCARDED), and who is
+ * filling it (the one thread whose claim succeeded).
  *
  *     UNCONFIRMED --claim--> LANDING --confirm--> CONFIRMED
  *     UNCONFIRMED --confirm_empty--------------> CONFIRMED       (zeros: nothing to land)
@@ -12,19 +13,19 @@
  *     LANDING     --discard--> LANDING + DISCARD --discard_finish--> DISCARDED
  *     LANDING     --unclaim--------------------> UNCONFIRMED     (its connection was lost)
  *
- * A page that is discarded while somebody lands it must not be resolved before the lander is done: the
- * guest could write to it, and the late landing would overwrite that. So the discard is noted in the flag
- * DISCARD, and the lander punches the page out before it makes it DISCARDED (I9).
+ * A page that is discarded while somebody lands it must not be resolved before the lander is done:
+ * the guest could write to it, and the late landing would overwrite that. So the discard is noted
+ * in the flag DISCARD, and the lander punches the page out before it makes it DISCARDED (I9).
  *
- * The other flag, FAULTED, says that somebody waits for this page and its fault is in the mover's fault
- * table. Whoever makes the page resolvable gets the byte as it was before, and so knows that a waiter's
- * clock has to be stopped.
+ * The other flag, FAULTED, says that somebody waits for this page and its fault is in the mover's
+ * fault table. Whoever makes the page resolvable gets the byte as it was before, and so knows that
+ * a waiter's clock has to be stopped.
  *
- * Source. The same bytes say UNSENT or SENT for this link; a new link starts from what the destination
- * says it misses (I7: what was sent on a lost connection counts as never sent).
+ * Source. The same bytes say UNSENT or SENT for this link; a new link starts from what the
+ * destination says it misses (I7: what was sent on a lost connection counts as never sent).
  *
- * Orders: a state is stored with release after the bytes are in the page cache, and loaded with acquire
- * before the page is resolved (I1).
+ * Orders: a state is stored with release after the bytes are in the page cache, and loaded with
+ * acquire before the page is resolved (I1).
  */
 #pragma once
 
@@ -35,7 +36,7 @@
 enum mf_page_state {
     MF_PAGE_UNCONFIRMED = 0, /**< source: UNSENT */
     MF_PAGE_LANDING = 1,
-    MF_PAGE_CONFIRMED = 2,   /**< source: SENT */
+    MF_PAGE_CONFIRMED = 2, /**< source: SENT */
     MF_PAGE_DISCARDED = 3,
 };
 #define MF_PAGE_STATE_MASK 0x03u
@@ -72,19 +73,20 @@ static inline bool mf_page_resolvable(uint8_t byte)
 bool mf_page_claim(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_confirm() - LANDING → CONFIRMED by the claimer, clearing FAULTED.
- *  Return: the byte before. If it has DISCARD, nothing was changed: the claimer punches the page out and
- *  calls mf_page_discard_finish (I9). */
+ *  Return: the byte before. If it has DISCARD, nothing was changed: the claimer punches the page
+ * out and calls mf_page_discard_finish (I9). */
 uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. Return: the byte before; with
- *  DISCARD as for mf_page_confirm. */
+/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. Return: the byte
+ * before; with DISCARD as for mf_page_confirm. */
 uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_discard() - any → DISCARDED, clearing FAULTED; LANDING stays, with DISCARD set.
  *  Return: the byte before: if LANDING, the lander will finish it. */
 uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_discard_finish() - LANDING + DISCARD → DISCARDED by the claimer. Return: the byte before. */
+/** mf_page_discard_finish() - LANDING + DISCARD → DISCARDED by the claimer. Return: the byte
+ * before. */
 uint8_t mf_page_discard_finish(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_fault() - set FAULTED unless the page is resolvable. Return: the byte before. */
@@ -99,8 +101,8 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
                                void (*faulted)(void *arg, uint64_t page), void *arg);
 
 /**
- * mf_page_restart() - after a crash, before any other thread exists: LANDING counts as UNCONFIRMED, no
- * FAULTED flag has an owner any more.
+ * mf_page_restart() - after a crash, before any other thread exists: LANDING counts as UNCONFIRMED,
+ * no FAULTED flag has an owner any more.
  * @punch: called for each page that was being landed when it was discarded; it is DISCARDED then.
  * Return: how many pages are not resolvable.
  */

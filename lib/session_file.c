@@ -43,7 +43,8 @@ int mf_session_file_create(int fd, const uint64_t *pages, unsigned region_count,
     if (r < 0)
         return mf_fail(err, -r, "cannot write the session file: %s", strerror(-r));
     /* memferryd reads its mapping of this file. A mover in an attacker's hands must not be able to
-     * shorten it under memferryd (SIGBUS). A file that can't be sealed is one that no other program gets. */
+     * shorten it under memferryd (SIGBUS). A file that can't be sealed is one that no other program
+     * gets. */
     if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 && errno != EPERM &&
         errno != EINVAL)
         return mf_fail(err, errno, "cannot seal the session file: %s", strerror(errno));
@@ -65,7 +66,8 @@ int mf_session_file_map(int fd, struct mf_session_view *out, struct mf_error *er
     struct mf_session_file *file = out->file;
     bool good = file->magic == SESSION_FILE_MAGIC && file->version == SESSION_FILE_VERSION &&
                 file->region_count >= 1 && file->region_count <= MF_REGIONS_MAX;
-    /* There is one layout for given regions: each follows the one before, the file ends with the last. */
+    /* There is one layout for given regions: each follows the one before, the file ends with the
+     * last. */
     uint64_t at_bytes = MF_SESSION_FILE_HEADER_BYTES;
     for (unsigned i = 0; good && i < file->region_count; i++) {
         uint64_t offset = file->region[i].offset_bytes, pages = file->region[i].pages;

@@ -2,12 +2,12 @@
 /*
  * The session file: page states and figures of one session on one host, in shared memory.
  *
- * memferryd creates it, hands the descriptor to every mover of the session and reads the figures from
- * it; the mover writes. It outlives both. memferryd never follows an index found in it: what it reads
- * are counters for display.
+ * memferryd creates it, hands the descriptor to every mover of the session and reads the figures
+ * from it; the mover writes. It outlives both. memferryd never follows an index found in it: what
+ * it reads are counters for display.
  *
- * Layout: one struct mf_session_file, padded to MF_SESSION_FILE_HEADER_BYTES, then a byte a page of each
- * region in order, each region's bytes starting at a multiple of 4096.
+ * Layout: one struct mf_session_file, padded to MF_SESSION_FILE_HEADER_BYTES, then a byte a page of
+ * each region in order, each region's bytes starting at a multiple of 4096.
  */
 #pragma once
 
@@ -23,11 +23,13 @@
 
 /** struct mf_figures - counters since the session began; all relaxed. */
 struct mf_figures {
-    _Atomic uint64_t wire_bytes;    /**< page traffic sent (source) or received (destination) */
+    _Atomic uint64_t wire_bytes; /**< page traffic sent (source) or received (destination) */
     _Atomic uint64_t data_pages, zero_pages, hole_pages;
-    _Atomic uint64_t missing_pages; /**< destination: not resolvable yet; source: not sent on this link */
-    _Atomic uint64_t faults_asked;  /**< REQUESTs sent (destination) or answered (source) */
-    struct mf_histogram faults;     /**< from reading the message to the return of the resolving ioctl */
+    _Atomic uint64_t
+        missing_pages; /**< destination: not resolvable yet; source: not sent on this link */
+    _Atomic uint64_t faults_asked; /**< REQUESTs sent (destination) or answered (source) */
+    struct mf_histogram
+        faults; /**< from reading the message to the return of the resolving ioctl */
 };
 
 struct mf_session_file {
@@ -52,8 +54,9 @@ struct mf_session_view {
 };
 
 /**
- * mf_session_file_create() - size and fill the header of the empty file @fd (memfd or tmpfs file). Its size
- * is sealed where it can be (MFD_ALLOW_SEALING), so that nobody who is given it can shorten it.
+ * mf_session_file_create() - size and fill the header of the empty file @fd (memfd or tmpfs file).
+ * Its size is sealed where it can be (MFD_ALLOW_SEALING), so that nobody who is given it can
+ * shorten it.
  * @pages: of each region. Return: 0 or -errno.
  */
 int mf_session_file_create(int fd, const uint64_t *pages, unsigned region_count,

@@ -85,9 +85,10 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
                        struct mf_mapping *out, unsigned max, struct mf_error *err);
 
 /**
- * mf_target_foreign() - does a process other than @pid, the caller and its children (movers) map one of
- * the regions? A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps that is
- * readable. Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or -errno.
+ * mf_target_foreign() - does a process other than @pid, the caller and its children (movers) map
+ * one of the regions? A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps
+ * that is readable. Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or
+ * -errno.
  */
 int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigned region_count,
                       char *who, size_t who_size);

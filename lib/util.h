@@ -50,7 +50,8 @@ uint64_t mf_now_ns(void);
 int mf_write_all(int fd, const void *data, size_t length_bytes);
 
 /** mf_name_valid() - is @name usable as the name of a session: 1 to 63 characters of
- *  [A-Za-z0-9._-], not starting with '.' or '-'. It becomes part of file names and of the preamble. */
+ *  [A-Za-z0-9._-], not starting with '.' or '-'. It becomes part of file names and of the preamble.
+ */
 int mf_name_valid(const char *name);
 
 #define MF_NAME_MAX 63 /**< longest session name, without the NUL */

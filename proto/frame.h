@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The fixed-size parts of the peer protocol: the preamble that opens every connection, its answer, and
- * the header of a binary frame. proto/frame.md tells them in prose. Everything is little-endian.
+ * The fixed-size parts of the peer protocol: the preamble that opens every connection, its answer,
+ * and the header of a binary frame. proto/frame.md tells them in prose. Everything is
+ * little-endian.
  *
- * The codec (lib/frame.c) is pure: bytes in, struct out, no I/O. Nothing decoded here has been checked
- * against a session; mf_frame_check does that.
+ * The codec (lib/frame.c) is pure: bytes in, struct out, no I/O. Nothing decoded here has been
+ * checked against a session; mf_frame_check does that.
  */
 #pragma once
 
@@ -19,7 +20,8 @@
 #define MF_PREAMBLE_REPLY_BYTES 32u
 #define MF_FRAME_HEADER_BYTES 32u
 #define MF_SESSION_ID_BYTES 16u
-#define MF_FRAME_DATA_MAX_BYTES (1u << 20) /**< payload of a DATA frame, unless one page is larger */
+#define MF_FRAME_DATA_MAX_BYTES                                                                    \
+    (1u << 20) /**< payload of a DATA frame, unless one page is larger */
 #define MF_PEER_MESSAGE_MAX_BYTES (1u << 20)
 
 enum mf_connection_kind {
@@ -27,7 +29,8 @@ enum mf_connection_kind {
     MF_CONNECTION_DEVICE = 2,
     MF_CONNECTION_URGENT = 3,
     MF_CONNECTION_BULK = 4,
-    MF_CONNECTION_ABANDON = 5, /**< nothing follows: the source gave up before RELEASE, its guest runs there */
+    MF_CONNECTION_ABANDON =
+        5, /**< nothing follows: the source gave up before RELEASE, its guest runs there */
 };
 
 /** struct mf_preamble - the first bytes of a connection, source → destination. */
@@ -48,7 +51,8 @@ enum mf_preamble_status {
     MF_PREAMBLE_TAKEN = 3,        /**< another session's id holds this name */
     MF_PREAMBLE_BUSY = 4,         /**< not now: the session can't take a connection in its state */
     MF_PREAMBLE_ENDED = 5,        /**< the session has failed or was cancelled here */
-    MF_PREAMBLE_DRAINED = 6,      /**< the session is done here: every page arrived, the guest runs here */
+    MF_PREAMBLE_DRAINED =
+        6, /**< the session is done here: every page arrived, the guest runs here */
 };
 
 /** struct mf_preamble_reply - the answer, destination → source. */
@@ -72,7 +76,7 @@ enum mf_frame_type {
 struct mf_frame {
     uint8_t type, flags;
     uint16_t region;
-    uint64_t first_page;   /**< BARRIER: the sweep's pass number */
+    uint64_t first_page; /**< BARRIER: the sweep's pass number */
     uint64_t pages;
     uint64_t length_bytes; /**< of the payload that follows */
 };
@@ -83,7 +87,8 @@ struct mf_frame_region {
     uint32_t page_bytes;
 };
 
-/** mf_preamble_encode() / _decode() - decode returns 0, or -EPROTO with a static sentence in @why. */
+/** mf_preamble_encode() / _decode() - decode returns 0, or -EPROTO with a static sentence in @why.
+ */
 void mf_preamble_encode(const struct mf_preamble *preamble, uint8_t out[MF_PREAMBLE_BYTES]);
 int mf_preamble_decode(const uint8_t in[MF_PREAMBLE_BYTES], struct mf_preamble *out,
                        const char **why);
@@ -104,8 +109,8 @@ int mf_frame_decode(const uint8_t in[MF_FRAME_HEADER_BYTES], struct mf_frame *ou
 /**
  * mf_frame_check() - every number of a decoded header against the session (I11).
  * @to_destination: DATA, ZERO and BARRIER are allowed that way; REQUEST the other way.
- * Return: 0, or -EPROTO with a static sentence in @why. After 0 every index is in range, products do
- * not overflow and the payload's length is what the pages need.
+ * Return: 0, or -EPROTO with a static sentence in @why. After 0 every index is in range, products
+ * do not overflow and the payload's length is what the pages need.
  */
 int mf_frame_check(const struct mf_frame *frame, const struct mf_frame_region *regions,
                    unsigned region_count, bool to_destination, const char **why);

@@ -25,7 +25,8 @@ _Static_assert(MF_MAX_STREAMS == MF_CONTROL_STREAMS_MAX, "one limit for the comm
 static const char default_listen_address[] = "127.0.0.1";
 static const char default_mover_user[] = "memferry";
 
-/* One for every few cores: more than the host has to spare only takes time from the guests' faults. */
+/* One for every few cores: more than the host has to spare only takes time from the guests' faults.
+ */
 static unsigned default_streams(void)
 {
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Source: the connections of a link. The control connection goes first, since its preamble makes the
- * destination take the session's id; then all others at once. Each sends its preamble and waits for the
- * answer; when all are there they go to the mover.
+ * Source: the connections of a link. The control connection goes first, since its preamble makes
+ * the destination take the session's id; then all others at once. Each sends its preamble and waits
+ * for the answer; when all are there they go to the mover.
  */
 #include "daemon/memferryd/session.h"
 
@@ -36,7 +36,7 @@ struct connection {
 };
 
 struct connector {
-    struct connector *next; /**< of those that abandon */
+    struct connector *next;  /**< of those that abandon */
     struct session *session; /**< NULL: it only abandons, and lives on its own */
     struct daemon *daemon;
     struct evdns_getaddrinfo_request *resolving;
@@ -152,7 +152,8 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
         session_event(session, MF_EV_PEER_DRAINED);
         return;
     case MF_PREAMBLE_ENDED:
-        /* Before RELEASE this is a failure like others; after it the destination has lost its VM. */
+        /* Before RELEASE this is a failure like others; after it the destination has lost its VM.
+         */
         session_set_reason(session, "the session has failed or was cancelled on %s", c->peer);
         connector_stop(session);
         session_event(session, MF_EV_PEER_FAILED);
@@ -179,8 +180,9 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
     case MF_PREAMBLE_OK:
         break;
     }
-    fail(c, "the memferryd at %s refused the connection for a reason this version does not know "
-            "(%u)",
+    fail(c,
+         "the memferryd at %s refused the connection for a reason this version does not know "
+         "(%u)",
          c->peer, reply->status);
 }
 
@@ -297,8 +299,7 @@ static int open_connection(struct connector *c, enum mf_connection_kind kind, un
     if (c->count == CONNECTIONS_MAX)
         return -E2BIG;
     struct connection *n = &c->connection[c->count++];
-    *n = (struct connection){
-        .connector = c, .kind = kind, .stream = (uint16_t)stream, .fd = -1};
+    *n = (struct connection){.connector = c, .kind = kind, .stream = (uint16_t)stream, .fd = -1};
     n->fd = socket(c->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (n->fd < 0)
         return -errno;
@@ -337,8 +338,7 @@ static void on_address(int result, struct evutil_addrinfo *list, void *arg)
     memcpy(&c->address, list->ai_addr, list->ai_addrlen);
     c->address_length = (socklen_t)list->ai_addrlen;
     evutil_freeaddrinfo(list);
-    int r = open_connection(
-        c, c->abandoning ? MF_CONNECTION_ABANDON : MF_CONNECTION_CONTROL, 0);
+    int r = open_connection(c, c->abandoning ? MF_CONNECTION_ABANDON : MF_CONNECTION_CONTROL, 0);
     if (r < 0)
         fail(c, "cannot connect to memferryd at %s: %s", c->peer, strerror(-r));
 }

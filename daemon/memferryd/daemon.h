@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * memferryd's internal header, in sections per source file. Everything runs on the event-loop thread.
+ * memferryd's internal header, in sections per source file. Everything runs on the event-loop
+ * thread.
  */
 #pragma once
 
@@ -45,8 +46,8 @@ int config_listen(struct config *config, const char *text, struct mf_error *err)
 
 struct control;
 
-/** control_open() - listen on RUNTIME/control.sock. A stale socket is replaced, a live daemon's is an
- *  error that says so. Return: 0 or -errno. */
+/** control_open() - listen on RUNTIME/control.sock. A stale socket is replaced, a live daemon's is
+ * an error that says so. Return: 0 or -errno. */
 int control_open(struct daemon *daemon, struct control **out, struct mf_error *err);
 void control_close(struct control *control);
 
@@ -56,8 +57,9 @@ void control_session_changed(struct control *control, struct session *session);
 /* ---- session.c: the sessions of this host, as control.c sees them ---- */
 
 /** struct session_waiter - told once: the session got where the verb wanted it, or did not.
- * Called from the event loop, never from inside the call that was given it. `session` may be NULL when
- * the request was refused before one existed. `error` is NULL on success; exit_code as in memferry(1). */
+ * Called from the event loop, never from inside the call that was given it. `session` may be NULL
+ * when the request was refused before one existed. `error` is NULL on success; exit_code as in
+ * memferry(1). */
 struct session_waiter {
     void (*done)(void *arg, struct session *session, const char *error, unsigned exit_code);
     void *arg;
@@ -69,7 +71,7 @@ void session_receive(struct daemon *daemon, const char *name, const char *qmp_pa
 
 struct migrate_options {
     const char *name, *qmp_path, *host;
-    uint16_t port; /**< 0: default */
+    uint16_t port;    /**< 0: default */
     unsigned streams; /**< 0: the configuration's */
     bool keep_source;
 };
@@ -81,10 +83,12 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
 /** session_cancel() - done when the session is cancelled, or refused with the reason. */
 void session_cancel(struct daemon *daemon, const char *name, struct session_waiter waiter);
 
-/** session_forget() - drop an ended session. Return: 0 or -errno (-ENOENT, -EBUSY while it is not ended). */
+/** session_forget() - drop an ended session. Return: 0 or -errno (-ENOENT, -EBUSY while it is not
+ * ended). */
 int session_forget(struct daemon *daemon, const char *name, struct mf_error *err);
 
-/** session_waiter_drop() - the one who waited is gone (closed its connection): forget waiters with @arg. */
+/** session_waiter_drop() - the one who waited is gone (closed its connection): forget waiters with
+ * @arg. */
 void session_waiter_drop(struct daemon *daemon, void *arg);
 
 struct session *session_find(struct daemon *daemon, const char *name);
@@ -95,8 +99,8 @@ bool session_ended(const struct session *session); /**< done, failed or cancelle
 /** session_exit_code() - what `migrate` exits with given the session's present state: 0, 1 or 4. */
 unsigned session_exit_code(const struct session *session);
 
-/** session_describe() - fill a protobuf message. Strings point into the session: valid until the event
- *  loop runs again. @faults is storage for out->faults. */
+/** session_describe() - fill a protobuf message. Strings point into the session: valid until the
+ * event loop runs again. @faults is storage for out->faults. */
 void session_describe(struct session *session, Memferry__Control__Session *out,
                       Memferry__Control__Faults *faults);
 

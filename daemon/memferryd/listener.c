@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Destination: connections from the network. All that memferryd reads of one is the preamble, of fixed
- * size; then the connection goes to the mover of the session that it names, or is answered with a refusal
- * and closed. Whoever does not send a preamble in time is closed too.
+ * Destination: connections from the network. All that memferryd reads of one is the preamble, of
+ * fixed size; then the connection goes to the mover of the session that it names, or is answered
+ * with a refusal and closed. Whoever does not send a preamble in time is closed too.
  */
 #include "daemon/memferryd/session.h"
 
@@ -144,11 +144,11 @@ static enum mf_preamble_status welcome(struct guest *g, const struct mf_preamble
         return MF_PREAMBLE_BUSY;
     }
     /* The mover has it before the source hears that it may speak. */
-    mover_order(session,
-                &(struct mf_ipc){.type = MF_IPC_CONNECTION,
-                                 .connection = {.kind = preamble->kind,
-                                                .stream = preamble->stream}},
-                g->fd);
+    mover_order(
+        session,
+        &(struct mf_ipc){.type = MF_IPC_CONNECTION,
+                         .connection = {.kind = preamble->kind, .stream = preamble->stream}},
+        g->fd);
     return MF_PREAMBLE_OK;
 }
 
@@ -217,8 +217,7 @@ static void on_accept(struct evconnlistener *accepting, evutil_socket_t fd,
         snprintf(g->peer, sizeof(g->peer), "%s:%u", host, ntohs(in->sin_port));
     }
     peer_socket_options(g->fd);
-    g->event =
-        event_new(daemon_base(listener->daemon), fd, EV_READ | EV_PERSIST, on_bytes, g);
+    g->event = event_new(daemon_base(listener->daemon), fd, EV_READ | EV_PERSIST, on_bytes, g);
     if (!g->event) {
         close(g->fd);
         free(g);
@@ -249,16 +248,16 @@ int listener_open(struct daemon *daemon, struct listener **out, struct mf_error 
     if (!listener)
         return mf_fail(err, ENOMEM, "out of memory");
     listener->daemon = daemon;
-    listener->accepting = evconnlistener_new_bind(
-        daemon_base(daemon), on_accept, listener,
-        LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC | LEV_OPT_REUSEABLE, 128,
-        (struct sockaddr *)&address, length);
+    listener->accepting =
+        evconnlistener_new_bind(daemon_base(daemon), on_accept, listener,
+                                LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC | LEV_OPT_REUSEABLE,
+                                128, (struct sockaddr *)&address, length);
     if (!listener->accepting) {
         int error = errno;
         free(listener);
-        return mf_fail(err, error, "cannot listen on %s: %s%s", text, strerror(error),
-                       error == EADDRINUSE ? "; another memferryd? choose another port with --listen"
-                                           : "");
+        return mf_fail(
+            err, error, "cannot listen on %s: %s%s", text, strerror(error),
+            error == EADDRINUSE ? "; another memferryd? choose another port with --listen" : "");
     }
     if (!is_loopback(config->listen_address))
         mf_log(MF_LOG_WARNING,

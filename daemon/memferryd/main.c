@@ -97,12 +97,10 @@ static void on_signal(evutil_socket_t number, short what, void *arg)
 
 static int read_arguments(struct config *config, int argc, char **argv)
 {
-    static const struct option options[] = {{"config", required_argument, NULL, 'c'},
-                                            {"runtime-dir", required_argument, NULL, 'r'},
-                                            {"listen", required_argument, NULL, 'l'},
-                                            {"version", no_argument, NULL, 'V'},
-                                            {"help", no_argument, NULL, 'h'},
-                                            {NULL, 0, NULL, 0}};
+    static const struct option options[] = {
+        {"config", required_argument, NULL, 'c'}, {"runtime-dir", required_argument, NULL, 'r'},
+        {"listen", required_argument, NULL, 'l'}, {"version", no_argument, NULL, 'V'},
+        {"help", no_argument, NULL, 'h'},         {NULL, 0, NULL, 0}};
     struct mf_error err;
     int option;
     bool named = false;
@@ -184,7 +182,8 @@ int main(int argc, char **argv)
     daemon.dns = daemon.base ? evdns_base_new(daemon.base, EVDNS_BASE_INITIALIZE_NAMESERVERS |
                                                                EVDNS_BASE_DISABLE_WHEN_INACTIVE)
                              : NULL;
-    if (daemon.base && !daemon.dns) /* no resolv.conf: names of /etc/hosts and addresses still work */
+    if (daemon.base &&
+        !daemon.dns) /* no resolv.conf: names of /etc/hosts and addresses still work */
         daemon.dns = evdns_base_new(daemon.base, EVDNS_BASE_DISABLE_WHEN_INACTIVE);
     if (!daemon.base || !daemon.dns) {
         mf_log(MF_LOG_ERR, "cannot set up the event loop");

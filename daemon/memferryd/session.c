@@ -271,8 +271,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
 
 static void open_vmm(struct session *s, const char *qmp_path)
 {
-    const struct vmm_callbacks callbacks = {
-        .probed = on_probed, .event = session_on_vmm, .arg = s};
+    const struct vmm_callbacks callbacks = {.probed = on_probed, .event = session_on_vmm, .arg = s};
     struct mf_error err;
     if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, qmp_path,
                                  s->role == MF_SOURCE ? VMM_SOURCE : VMM_DESTINATION, &callbacks,

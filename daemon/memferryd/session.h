@@ -48,9 +48,9 @@ struct session {
     char id_text[2 * MF_SESSION_ID_BYTES + 1];
     enum mf_role role;
     enum mf_state state;
-    bool starting;  /**< probing and arming: not yet in `state`, shown as waiting or connecting */
-    bool released;  /**< RELEASE was given or taken; stays true when the session has ended */
-    bool rejected;  /**< being taken down before it began: nobody sees it any more */
+    bool starting; /**< probing and arming: not yet in `state`, shown as waiting or connecting */
+    bool released; /**< RELEASE was given or taken; stays true when the session has ended */
+    bool rejected; /**< being taken down before it began: nobody sees it any more */
     char reason[768];
     char peer[300]; /**< "HOST:PORT" */
     char host[256];
@@ -82,7 +82,7 @@ struct session {
     struct event *vm_timer; /**< the VM was told something and has not done it */
 
     /* The link. */
-    uint32_t link; /**< number of the present or last one */
+    uint32_t link;  /**< number of the present or last one */
     bool link_open; /**< handed to the mover, not yet lost */
     struct connector *connector;
     struct event *reconnect_timer;
@@ -106,7 +106,8 @@ void session_set_reason(struct session *session, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 /** session_started() - preflight and arming succeeded: whoever waits is told. */
 void session_started(struct session *session);
-/** session_reject() - preflight or arming failed with `reason`: whoever waits is told, the session goes. */
+/** session_reject() - preflight or arming failed with `reason`: whoever waits is told, the session
+ * goes. */
 void session_reject(struct session *session, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 /** session_tell_cancelled() - answer those who asked to cancel. NULL: it worked. */
@@ -115,7 +116,8 @@ void session_tell_cancelled(struct session *session, const char *error);
 void session_read_figures(struct session *session);
 struct session *session_by_id(struct daemon *daemon, const char *name);
 const struct vmm_ops *session_vmm_ops(const struct session *session);
-/** sessions_stop() - SIGTERM: cancel what can be cancelled. Return: how many sessions must go on. */
+/** sessions_stop() - SIGTERM: cancel what can be cancelled. Return: how many sessions must go on.
+ */
 unsigned sessions_stop(struct daemon *daemon);
 /** sessions_drop() - give up everything that is left (the daemon ends). */
 void sessions_drop(struct daemon *daemon);
@@ -136,10 +138,12 @@ void session_send(struct session *session, uint32_t phase);
 /** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
  *  Return: 0 or -errno with the sentence of the refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
-/** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno. */
+/** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno.
+ */
 int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
                     struct mf_error *err);
-/** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a sentence. */
+/** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a
+ * sentence. */
 int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);
 /** target_let_go() - close the userfaultfd inside the target and here, and the RAM files. */
 void target_let_go(struct session *session);
@@ -165,16 +169,16 @@ void session_on_mover_exit(struct session *session, const char *how);
  *  MF_EV_LINK_LOST comes. */
 void connector_start(struct session *session);
 void connector_stop(struct session *session);
-/** connector_abandon() - tell the destination by a connection of its own that the source gave up before
- *  RELEASE: what was said over the link may have been lost with it. First tried @after_s seconds from now,
- *  then for half a minute, whatever becomes of the session. */
+/** connector_abandon() - tell the destination by a connection of its own that the source gave up
+ * before RELEASE: what was said over the link may have been lost with it. First tried @after_s
+ * seconds from now, then for half a minute, whatever becomes of the session. */
 void connector_abandon(struct session *session, unsigned after_s);
 /** connectors_abandoning() - how many of these are under way. */
 unsigned connectors_abandoning(void);
 void connectors_drop(struct daemon *daemon);
 
-/** peer_socket_options() - what every connection between two hosts gets: no delay, and an end within
- *  seconds when the other host is gone without a word. */
+/** peer_socket_options() - what every connection between two hosts gets: no delay, and an end
+ * within seconds when the other host is gone without a word. */
 void peer_socket_options(int fd);
 
 /* ---- listener.c ---- */

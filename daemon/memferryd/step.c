@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What happens to a session: events from the VMM, the mover, the peer and the operator go into the state
- * machine (lib/machine.h); its actions are carried out here.
+ * What happens to a session: events from the VMM, the mover, the peer and the operator go into the
+ * state machine (lib/machine.h); its actions are carried out here.
  */
 #include "daemon/memferryd/session.h"
 
@@ -15,8 +15,8 @@
 #include "lib/util.h"
 #include "peer.pb-c.h"
 
-#define RECONNECT_FIRST_MS 100
-#define RECONNECT_MOST_MS 1000
+#define RECONNECT_FIRST_MS 100u
+#define RECONNECT_MOST_MS 1000u
 #define QUIT_TIMEOUT_S 20
 #define START_AGAIN_S 2
 #define ABANDON_AGAIN_S 1
@@ -36,16 +36,16 @@ void session_send(struct session *session, uint32_t phase)
 static void tell_peer_abort(struct session *session)
 {
     struct mf_ipc message = {.type = MF_IPC_SEND_ABORT};
-    message.cancelled =
-        session->state == MF_CANCELLED || session->state == MF_S_CANCELLING;
+    message.cancelled = session->state == MF_CANCELLED || session->state == MF_S_CANCELLING;
     snprintf(message.text, sizeof(message.text), "%s",
              session->reason[0] ? session->reason : "cancelled by the operator of the peer");
     bool told = session->link_open && mover_is_ready(session);
     mover_order(session, &message, -1);
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNLINK}, -1);
     session->link_open = false;
-    /* A destination that has loaded the device state waits for a word, for ever. Without a link it gets one
-     * so; what was said over a link may be lost with it, so it is said again: by then it is usually known. */
+    /* A destination that has loaded the device state waits for a word, for ever. Without a link it
+     * gets one so; what was said over a link may be lost with it, so it is said again: by then it
+     * is usually known. */
     if (session->role == MF_SOURCE && session->link && !session->released)
         connector_abandon(session, told ? ABANDON_AGAIN_S : 0);
 }
@@ -82,7 +82,8 @@ static void reconnect_now(evutil_socket_t fd, short what, void *arg)
 static void reconnect(struct session *session)
 {
     connector_stop(session);
-    unsigned ms = RECONNECT_FIRST_MS << (session->reconnect_tries < 4 ? session->reconnect_tries : 4);
+    unsigned ms = RECONNECT_FIRST_MS
+                  << (session->reconnect_tries < 4 ? session->reconnect_tries : 4);
     if (ms > RECONNECT_MOST_MS)
         ms = RECONNECT_MOST_MS;
     session->reconnect_tries++;
@@ -384,8 +385,8 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
     switch ((enum mf_ipc_type)message->type) {
     case MF_IPC_PEER_HELLO:
         on_peer_hello(session, message);
-        /* RELEASE may have been lost with an earlier link; the greeting repeats it, and takes its place
-         * behind LINK_UP. */
+        /* RELEASE may have been lost with an earlier link; the greeting repeats it, and takes its
+         * place behind LINK_UP. */
         session->released_at_source = message->hello.released;
         break;
     case MF_IPC_LINK_UP:
@@ -420,8 +421,7 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         break;
     case MF_IPC_PEER_ABORT:
         session_set_reason(session, "%s", message->text);
-        session_event(session,
-                      message->cancelled ? MF_EV_PEER_CANCELLED : MF_EV_PEER_FAILED);
+        session_event(session, message->cancelled ? MF_EV_PEER_CANCELLED : MF_EV_PEER_FAILED);
         break;
     case MF_IPC_CONFIRMED_ALL:
         session->confirmed_all = true;
@@ -454,8 +454,9 @@ void session_on_mover_exit(struct session *session, const char *how)
     if (session->rejected || session_ended(session))
         return;
     if (session->starting) {
-        session_reject(session, "memferry-mover of %s %s while it was starting; its last words are in "
-                                "the log of memferryd",
+        session_reject(session,
+                       "memferry-mover of %s %s while it was starting; its last words are in "
+                       "the log of memferryd",
                        session->name, how);
         return;
     }

@@ -2,8 +2,8 @@
 /*
  * memferry-mover processes: started, handed their descriptors, listened to, reaped and replaced.
  *
- * A mover is in the way of nothing but its own session. It is started in the cgroup of its VM where there is
- * one, so that the pages it populates are charged there.
+ * A mover is in the way of nothing but its own session. It is started in the cgroup of its VM where
+ * there is one, so that the pages it populates are charged there.
  */
 #include "daemon/memferryd/session.h"
 
@@ -80,7 +80,8 @@ static void find_user(const struct config *config, uid_t *uid, gid_t *gid)
     }
 }
 
-/* Into the VM's cgroup (cgroup v2), if it is another than ours. Failing costs only the accounting. */
+/* Into the VM's cgroup (cgroup v2), if it is another than ours. Failing costs only the accounting.
+ */
 static void join_cgroup(const struct session *session, pid_t pid)
 {
     char path[600], line[512], ours[512] = "";
@@ -178,8 +179,12 @@ static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, in
     snprintf(arguments[1], sizeof(arguments[1]), "%u", (unsigned)uid);
     snprintf(arguments[2], sizeof(arguments[2]), "%u", (unsigned)gid);
     snprintf(arguments[3], sizeof(arguments[3]), "%d", log_level);
-    char *argv[] = {(char *)(uintptr_t) "memferry-mover", arguments[0], arguments[1], arguments[2],
-                    arguments[3], NULL};
+    char *argv[] = {(char *)(uintptr_t) "memferry-mover",
+                    arguments[0],
+                    arguments[1],
+                    arguments[2],
+                    arguments[3],
+                    NULL};
     pid_t pid = fork();
     if (pid != 0)
         return pid;
@@ -266,7 +271,8 @@ int mover_start(struct session *session, struct mf_error *err)
     m->pidfd = (int)syscall(SYS_pidfd_open, m->pid, 0);
     if (m->pidfd < 0)
         r = mf_fail(err, errno, "cannot watch memferry-mover: %s", strerror(errno));
-    /* While it hands over, the socket blocks, for a while: a mover reads its orders before anything else. */
+    /* While it hands over, the socket blocks, for a while: a mover reads its orders before anything
+     * else. */
     const struct timeval patience = {.tv_sec = 2};
     setsockopt(m->sock, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
     if (r == 0)
@@ -276,8 +282,8 @@ int mover_start(struct session *session, struct mf_error *err)
         evutil_make_socket_nonblocking(m->sock);
         m->exit_event = event_new(daemon_base(session->daemon), m->pidfd, EV_READ | EV_PERSIST,
                                   on_exit_event, m);
-        m->sock_event = event_new(daemon_base(session->daemon), m->sock, EV_READ | EV_PERSIST,
-                                  on_message, m);
+        m->sock_event =
+            event_new(daemon_base(session->daemon), m->sock, EV_READ | EV_PERSIST, on_message, m);
         if (!m->exit_event || !m->sock_event)
             r = mf_fail(err, ENOMEM, "out of memory");
     }

@@ -3,8 +3,8 @@
  * The target process: from what its VMM says to regions, and at the destination to an armed
  * userfaultfd.
  *
- * Order at the destination (I3): register every mapping here, then the first mover empties the files (its
- * setup.c), and only then does the session wait for a source.
+ * Order at the destination (I3): register every mapping here, then the first mover empties the
+ * files (its setup.c), and only then does the session wait for a source.
  */
 #include "daemon/memferryd/session.h"
 
@@ -71,9 +71,9 @@ static int find_regions(struct session *session, const struct vmm_info *info,
     for (unsigned i = 0; i < info->backend_count; i++) {
         struct mf_region_source *region = &session->region[i];
         region->fd = -1;
-        int r = mf_target_region(session->pid, vmas, vma_count, backends[i].id, backends[i].path,
-                                 backends[i].size_bytes, session->role == MF_DESTINATION, region,
-                                 err);
+        int r =
+            mf_target_region(session->pid, vmas, vma_count, backends[i].id, backends[i].path,
+                             backends[i].size_bytes, session->role == MF_DESTINATION, region, err);
         if (r < 0)
             return r;
         session->region_count = i + 1;
@@ -91,8 +91,8 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
                        "the VM of %s has a device passed through (VFIO or vDPA): its memory is "
                        "pinned and written behind the host's back; detach the device first",
                        session->name);
-    if (mf_target_foreign(session->pid, session->region, session->region_count, who,
-                          sizeof(who)) > 0)
+    if (mf_target_foreign(session->pid, session->region, session->region_count, who, sizeof(who)) >
+        0)
         return mf_fail(err, ENOTSUP,
                        "the memory of %s is also mapped by %s, whose writes can't be followed "
                        "(a vhost-user back end?); stop it or detach its device first",
@@ -119,8 +119,7 @@ static int arm(struct session *session, struct mf_error *err)
         return count;
     if (count == 0)
         return mf_fail(err, ENOENT, "the VM of %s does not map its memory", session->name);
-    session->uffd =
-        mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
+    session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
     uint64_t features = MF_UFFD_FEATURES, enabled = 0;
@@ -179,13 +178,12 @@ void target_let_go(struct session *session)
     if (session->pidfd_event)
         event_free(session->pidfd_event);
     session->pidfd_event = NULL;
-    /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand; closing the
-     * last descriptor would do it too. Either lets all waiters go on. */
+    /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand;
+     * closing the last descriptor would do it too. Either lets all waiters go on. */
     if (session->uffd >= 0) {
         struct mf_mapping mappings[MF_MAPPINGS_MAX];
-        int count = session->target_exited
-                        ? 0
-                        : target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
+        int count =
+            session->target_exited ? 0 : target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
         for (int i = 0; i < count; i++)
             mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
         close(session->uffd);

@@ -27,27 +27,30 @@ enum vmm_role { VMM_SOURCE, VMM_DESTINATION };
 enum vmm_event {
     VMM_STOPPED,   /**< the guest's vCPUs stopped for the switchover (blackout starts), source */
     VMM_PAUSED,    /**< the VMM waits in pre-switchover; guest RAM is frozen, source */
-    VMM_COMPLETED, /**< the whole device state is out and the peer's VMM said it loaded it, source */
+    VMM_COMPLETED, /**< the whole device state is out and the peer's VMM said it loaded it, source
+                    */
     VMM_RETURNED,  /**< after return_guest: settings restored, guest as it was before, source */
     VMM_GONE,      /**< after quit: the VMM closed its socket (or was already gone), source */
     VMM_INCOMING,  /**< the VMM listens to the device stream handed over, destination */
     VMM_LOADED,    /**< the device state is loaded, the guest is paused, destination */
-    VMM_RUNNING,   /**< after resume: the guest runs (or stays paused, see was_running), destination */
+    VMM_RUNNING,   /**< after resume: the guest runs (or stays paused, see was_running), destination
+                    */
     VMM_FAILED,    /**< something failed, `detail` says what; also when the socket closes unasked */
 };
 
 /** struct vmm_backend - one memory backend of the guest, as the VMM describes it. */
 struct vmm_backend {
-    char id[64];       /**< the VMM's own id, e.g. "ram0"; becomes the region's name */
-    char path[4096];   /**< mem-path as the VMM has it: a file or a directory, in ITS mount namespace */
+    char id[64];     /**< the VMM's own id, e.g. "ram0"; becomes the region's name */
+    char path[4096]; /**< mem-path as the VMM has it: a file or a directory, in ITS mount namespace
+                      */
     uint64_t size_bytes;
 };
 
 /** struct vmm_info - what probing found. Owned by the adapter, valid until vmm_close. */
 struct vmm_info {
-    pid_t pid;            /**< from SO_PEERCRED of the socket */
-    char version[64];     /**< e.g. "QEMU 7.2.22" */
-    bool was_running;     /**< source: the guest ran when probed. A paused guest arrives paused. */
+    pid_t pid;        /**< from SO_PEERCRED of the socket */
+    char version[64]; /**< e.g. "QEMU 7.2.22" */
+    bool was_running; /**< source: the guest ran when probed. A paused guest arrives paused. */
     unsigned backend_count;
     struct vmm_backend *backends;
 };
@@ -68,34 +71,37 @@ struct vmm_callbacks {
 struct vmm_ops {
     const char *name; /**< "qemu" */
 
-    /** open() - connect to the VMM's control socket at @path and probe it (nothing is changed in it).
+    /** open() - connect to the VMM's control socket at @path and probe it (nothing is changed in
+     * it).
      *  @vm_name: for messages. Return: 0 (probed will follow) or -errno with @err. */
     int (*open)(struct event_base *base, const char *vm_name, const char *path, enum vmm_role role,
                 const struct vmm_callbacks *callbacks, struct vmm **out, struct mf_error *err);
 
     /** start_outgoing() - configure and start the migration of device state into @device_fd (a
-     *  connected AF_UNIX stream socket, duplicated to the VMM; the caller keeps its own and may close it
-     *  at once). Later VMM_STOPPED and VMM_PAUSED, or VMM_FAILED. */
+     *  connected AF_UNIX stream socket, duplicated to the VMM; the caller keeps its own and may
+     * close it at once). Later VMM_STOPPED and VMM_PAUSED, or VMM_FAILED. */
     void (*start_outgoing)(struct vmm *vmm, int device_fd);
 
     /** finish_outgoing() - let the paused VMM send its device state. Later VMM_COMPLETED. */
     void (*finish_outgoing)(struct vmm *vmm);
 
-    /** return_guest() - source, any time before RELEASE: cancel, restore what start_outgoing changed,
-     *  let the guest run again if it ran before. Later VMM_RETURNED (or VMM_FAILED if it can't be). */
+    /** return_guest() - source, any time before RELEASE: cancel, restore what start_outgoing
+     * changed, let the guest run again if it ran before. Later VMM_RETURNED (or VMM_FAILED if it
+     * can't be). */
     void (*return_guest)(struct vmm *vmm);
 
     /** quit() - source, after the session has drained: end the VMM. Later VMM_GONE. */
     void (*quit)(struct vmm *vmm);
 
-    /** start_incoming() - load device state from @device_fd (same ownership). Later VMM_INCOMING, then
-     *  VMM_LOADED. */
+    /** start_incoming() - load device state from @device_fd (same ownership). Later VMM_INCOMING,
+     * then VMM_LOADED. */
     void (*start_incoming)(struct vmm *vmm, int device_fd);
 
     /** resume() - run the guest (@run) or leave it paused. Later VMM_RUNNING. */
     void (*resume)(struct vmm *vmm, bool run);
 
-    /** close() - forget the VMM, at any moment; sends nothing; no callback follows. NULL is allowed. */
+    /** close() - forget the VMM, at any moment; sends nothing; no callback follows. NULL is
+     * allowed. */
     void (*close)(struct vmm *vmm);
 };
 

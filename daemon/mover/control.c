@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The control connection: length-prefixed protobuf messages (proto/peer.proto), on the main thread, never
- * blocking. Everything that the peer says is checked here before anything acts on it (I11).
+ * The control connection: length-prefixed protobuf messages (proto/peer.proto), on the main thread,
+ * never blocking. Everything that the peer says is checked here before anything acts on it (I11).
  */
 #include "daemon/mover/mover.h"
 
@@ -228,8 +228,8 @@ static void copy_text(char *out, size_t size, const char *text)
     out[at] = '\0';
 }
 
-static bool regions_agree(const struct mover *mover, const Memferry__Peer__Hello *hello,
-                          char *why, size_t why_size)
+static bool regions_agree(const struct mover *mover, const Memferry__Peer__Hello *hello, char *why,
+                          size_t why_size)
 {
     if (hello->n_regions != mover->region_count) {
         snprintf(why, why_size,
@@ -434,8 +434,8 @@ void control_readable(struct mover *mover)
             link_fail(mover, "the peer sent a message that is too long");
         if (r <= 0)
             break;
-        Memferry__Peer__Message *message = memferry__peer__message__unpack(
-            NULL, body_bytes, c->in + at + MF_CONTROL_HEADER_BYTES);
+        Memferry__Peer__Message *message =
+            memferry__peer__message__unpack(NULL, body_bytes, c->in + at + MF_CONTROL_HEADER_BYTES);
         at += MF_CONTROL_HEADER_BYTES + body_bytes;
         if (!message) {
             link_fail(mover, "the peer sent a message that can't be read");

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The life of a link: connections arrive, the hellos run (control.c), threads start; and the way back. */
+/* The life of a link: connections arrive, the hellos run (control.c), threads start; and the way
+ * back. */
 #include "daemon/mover/mover.h"
 
 #include <errno.h>

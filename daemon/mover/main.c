@@ -114,8 +114,8 @@ static void look_at_flags(struct mover *mover)
     }
 }
 
-/* Every connection has brought its barrier and pages are still missing: say which, once more. Not while
- * an earlier list has not left: a source that does not read must not make it grow. */
+/* Every connection has brought its barrier and pages are still missing: say which, once more. Not
+ * while an earlier list has not left: a source that does not read must not make it grow. */
 static void name_missing(struct mover *mover)
 {
     struct link *link = &mover->link;
@@ -168,7 +168,8 @@ int main(int argc, char **argv)
 {
     static struct mover mover; /* large: the layout's table */
     if (argc != 5) {
-        fprintf(stderr, "memferry-mover is started by memferryd; there is nothing to run by hand.\n");
+        fprintf(stderr,
+                "memferry-mover is started by memferryd; there is nothing to run by hand.\n");
         return 2;
     }
     /* A mover must not outlive the memferryd that knows of it unnoticed. */

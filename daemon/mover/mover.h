@@ -2,15 +2,14 @@
 /*
  * memferry-mover's internal header: the data plane of one session on one host.
  *
- * Threads. The main thread talks to memferryd (lib/ipc.h) and to the peer's main thread on the control
- * connection, and pumps the VMM's device stream; it starts and ends the others:
- *   source:      one thread for the urgent connection, one for each bulk connection; they live as long as
- *                a link.
- *   destination: the fault thread, from the start to the end (a guest whose link is lost must still have
- *                its events read and its confirmed pages resolved); it also owns the urgent
- *                connection of the link. One thread for each bulk connection of a link.
- * Threads share the page states (atomic), the layout (one writer) and the figures (relaxed counters), and
- * no lock on any page's way. Each thread has an io_uring of its own.
+ * Threads. The main thread talks to memferryd (lib/ipc.h) and to the peer's main thread on the
+ * control connection, and pumps the VMM's device stream; it starts and ends the others: source: one
+ * thread for the urgent connection, one for each bulk connection; they live as long as a link.
+ *   destination: the fault thread, from the start to the end (a guest whose link is lost must still
+ * have its events read and its confirmed pages resolved); it also owns the urgent connection of the
+ * link. One thread for each bulk connection of a link. Threads share the page states (atomic), the
+ * layout (one writer) and the figures (relaxed counters), and no lock on any page's way. Each
+ * thread has an io_uring of its own.
  */
 #pragma once
 
@@ -70,15 +69,15 @@ struct bulk_thread {
 struct link {
     uint32_t number; /**< 0: no link */
     uint32_t streams;
-    bool up;            /**< hellos agreed, LINK_UP said */
-    bool hello_seen;    /**< destination: Hello received */
-    bool missing_open;  /**< source: in the middle of a Missing list */
-    int urgent_fd;      /**< -1 until it came */
+    bool up;           /**< hellos agreed, LINK_UP said */
+    bool hello_seen;   /**< destination: Hello received */
+    bool missing_open; /**< source: in the middle of a Missing list */
+    int urgent_fd;     /**< -1 until it came */
     struct control_connection control;
     struct bulk_thread bulk[MOVER_STREAMS_MAX];
     pthread_t urgent_thread;
     bool urgent_started;
-    _Atomic bool stop;  /**< threads of this link end */
+    _Atomic bool stop;         /**< threads of this link end */
     _Atomic uint32_t barriers; /**< destination: BARRIERs of the present pass that arrived */
     _Atomic bool failed;
     pthread_mutex_t reason_lock; /**< guards reason; only taken when something fails */
@@ -91,12 +90,12 @@ struct sweep {
     uint64_t chunk_base[MF_REGIONS_MAX + 1]; /**< of a region, in the row of all chunks */
     _Atomic uint8_t *taken;                  /**< one a chunk, for this pass */
     _Atomic uint64_t pivot;                  /**< the chunk of the last fault: go on from there */
-    _Atomic uint32_t urgent_busy;            /**< a fault is being answered: bulk threads let it by */
-    pthread_mutex_t lock;                    /**< of what follows: between passes, never a page */
+    _Atomic uint32_t urgent_busy; /**< a fault is being answered: bulk threads let it by */
+    pthread_mutex_t lock;         /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
-    bool frozen;                             /**< the guest is paused: its RAM may be read */
+    bool frozen; /**< the guest is paused: its RAM may be read */
     bool released;
-    uint32_t pass;                           /**< from 1; 0: not begun */
+    uint32_t pass; /**< from 1; 0: not begun */
 };
 
 struct fault_thread;
@@ -139,12 +138,14 @@ void mover_wake(struct mover *mover);
 
 /* ---- setup.c ---- */
 
-/** mover_setup() - take what memferryd hands over, until GO. Leaves the process on what is unusable. */
+/** mover_setup() - take what memferryd hands over, until GO. Leaves the process on what is
+ * unusable. */
 void mover_setup(struct mover *mover);
 
 /* ---- sandbox.c: see there ---- */
 
-/** sandbox_drop_privileges() - become @uid and @gid, without capabilities, for good. First thing in main. */
+/** sandbox_drop_privileges() - become @uid and @gid, without capabilities, for good. First thing in
+ * main. */
 int sandbox_drop_privileges(uid_t uid, gid_t gid, struct mf_error *err);
 /** sandbox_filter() - the system-call filter; after setup, before any byte of the peer is read. */
 int sandbox_filter(struct mf_error *err);
@@ -177,7 +178,8 @@ void control_send_missing(struct mover *mover);
 /** control_readable() / control_writable() - poll said so. */
 void control_readable(struct mover *mover);
 void control_writable(struct mover *mover);
-/** control_flush() - try, for at most @timeout_ms, to get everything out (before a link is dropped). */
+/** control_flush() - try, for at most @timeout_ms, to get everything out (before a link is
+ * dropped). */
 void control_flush(struct mover *mover, int timeout_ms);
 void control_close(struct control_connection *control);
 
@@ -194,14 +196,16 @@ void tunnel_close(struct tunnel *tunnel);
 
 /* ---- source ---- */
 
-/** sweep_init() - once; sweep_restart() - a new link or pass: what Missing named is to be sent again. */
+/** sweep_init() - once; sweep_restart() - a new link or pass: what Missing named is to be sent
+ * again. */
 int sweep_init(struct mover *mover);
-void sweep_forget_sent(struct mover *mover);               /**< everything counts as sent … */
-int sweep_missing(struct mover *mover, uint32_t region, uint64_t first, uint64_t pages); /**< … but this */
-void sweep_next_pass(struct mover *mover);                 /**< let the bulk threads begin */
-void sweep_frozen(struct mover *mover);                    /**< the guest is paused: answer faults */
-bool sweep_wait_frozen(struct mover *mover);               /**< false: the link ended first */
-void sweep_release(struct mover *mover);                   /**< RELEASE is out: sweep */
+void sweep_forget_sent(struct mover *mover); /**< everything counts as sent … */
+int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
+                  uint64_t pages);           /**< … but this */
+void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
+void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
+bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
+void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */
 void *source_bulk_main(void *bulk_thread);
 void *source_urgent_main(void *mover);
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * An io_uring of one thread, able to do what the page traffic needs and nothing else: its operations are
- * restricted (io_uring_register_restrictions(3)), because a system-call filter does not see them.
+ * An io_uring of one thread, able to do what the page traffic needs and nothing else: its
+ * operations are restricted (io_uring_register_restrictions(3)), because a system-call filter does
+ * not see them.
  */
 #pragma once
 

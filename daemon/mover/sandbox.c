@@ -2,10 +2,11 @@
 /*
  * What a mover may still do once it begins to read what the network sends.
  *
- * It is no longer root, holds no capability and can gain none (no_new_privs). It opens nothing: every
- * descriptor it will ever use is handed to it. The filter therefore leaves it reading, writing, mapping
- * memory, waiting, starting threads, and the ioctls of a userfaultfd. What io_uring may do is restricted per
- * ring (ring.c), since a filter does not see it. A call outside the list fails with EPERM.
+ * It is no longer root, holds no capability and can gain none (no_new_privs). It opens nothing:
+ * every descriptor it will ever use is handed to it. The filter therefore leaves it reading,
+ * writing, mapping memory, waiting, starting threads, and the ioctls of a userfaultfd. What
+ * io_uring may do is restricted per ring (ring.c), since a filter does not see it. A call outside
+ * the list fails with EPERM.
  *
  * Under a sanitizer the filter is left out: its run-time opens files and maps at will.
  */
@@ -60,28 +61,63 @@ int sandbox_filter(struct mf_error *err)
 {
     static const int calls[] = {
         /* traffic, pages, states */
-        SCMP_SYS(read), SCMP_SYS(write), SCMP_SYS(pwrite64), SCMP_SYS(pwritev), SCMP_SYS(pread64),
-        SCMP_SYS(sendmsg), SCMP_SYS(sendto), SCMP_SYS(recvmsg), SCMP_SYS(recvfrom),
-        SCMP_SYS(shutdown), SCMP_SYS(lseek), SCMP_SYS(fallocate), SCMP_SYS(fstat),
-        SCMP_SYS(newfstatat), SCMP_SYS(close), SCMP_SYS(io_uring_setup), SCMP_SYS(io_uring_enter),
+        SCMP_SYS(read),
+        SCMP_SYS(write),
+        SCMP_SYS(pwrite64),
+        SCMP_SYS(pwritev),
+        SCMP_SYS(pread64),
+        SCMP_SYS(sendmsg),
+        SCMP_SYS(sendto),
+        SCMP_SYS(recvmsg),
+        SCMP_SYS(recvfrom),
+        SCMP_SYS(shutdown),
+        SCMP_SYS(lseek),
+        SCMP_SYS(fallocate),
+        SCMP_SYS(fstat),
+        SCMP_SYS(newfstatat),
+        SCMP_SYS(close),
+        SCMP_SYS(io_uring_setup),
+        SCMP_SYS(io_uring_enter),
         SCMP_SYS(io_uring_register),
         /* waiting */
-        SCMP_SYS(poll), SCMP_SYS(ppoll), SCMP_SYS(futex), SCMP_SYS(nanosleep),
-        SCMP_SYS(clock_nanosleep), SCMP_SYS(clock_gettime), SCMP_SYS(sched_yield),
-        SCMP_SYS(restart_syscall), SCMP_SYS(eventfd2),
+        SCMP_SYS(poll),
+        SCMP_SYS(ppoll),
+        SCMP_SYS(futex),
+        SCMP_SYS(nanosleep),
+        SCMP_SYS(clock_nanosleep),
+        SCMP_SYS(clock_gettime),
+        SCMP_SYS(sched_yield),
+        SCMP_SYS(restart_syscall),
+        SCMP_SYS(eventfd2),
         /* memory */
-        SCMP_SYS(mmap), SCMP_SYS(munmap), SCMP_SYS(mprotect), SCMP_SYS(mremap), SCMP_SYS(madvise),
+        SCMP_SYS(mmap),
+        SCMP_SYS(munmap),
+        SCMP_SYS(mprotect),
+        SCMP_SYS(mremap),
+        SCMP_SYS(madvise),
         SCMP_SYS(brk),
         /* threads */
-        SCMP_SYS(clone), SCMP_SYS(clone3), SCMP_SYS(set_robust_list), SCMP_SYS(rseq),
-        SCMP_SYS(rt_sigprocmask), SCMP_SYS(rt_sigaction), SCMP_SYS(rt_sigreturn), SCMP_SYS(gettid),
-        SCMP_SYS(getpid), SCMP_SYS(tgkill), SCMP_SYS(setpriority), SCMP_SYS(getpriority),
+        SCMP_SYS(clone),
+        SCMP_SYS(clone3),
+        SCMP_SYS(set_robust_list),
+        SCMP_SYS(rseq),
+        SCMP_SYS(rt_sigprocmask),
+        SCMP_SYS(rt_sigaction),
+        SCMP_SYS(rt_sigreturn),
+        SCMP_SYS(gettid),
+        SCMP_SYS(getpid),
+        SCMP_SYS(tgkill),
+        SCMP_SYS(setpriority),
+        SCMP_SYS(getpriority),
         SCMP_SYS(sched_setscheduler),
-        SCMP_SYS(sched_getaffinity), SCMP_SYS(prctl), SCMP_SYS(getrandom), SCMP_SYS(exit),
+        SCMP_SYS(sched_getaffinity),
+        SCMP_SYS(prctl),
+        SCMP_SYS(getrandom),
+        SCMP_SYS(exit),
         SCMP_SYS(exit_group),
     };
     static const unsigned long ioctls[] = {UFFDIO_CONTINUE, UFFDIO_ZEROPAGE, UFFDIO_COPY,
-                                           UFFDIO_WAKE, UFFDIO_REGISTER, UFFDIO_UNREGISTER};
+                                           UFFDIO_WAKE,     UFFDIO_REGISTER, UFFDIO_UNREGISTER};
     if (SANITIZED)
         return 0;
     scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ERRNO(EPERM));

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Who goes first on a host without a core to spare. A faulting guest stands still for as long as it takes to
- * wake the fault thread here and the urgent thread there; everything else can wait. So these, and
- * the main thread (whose latency is in the blackout), run with real-time priority 1: they sleep nearly
- * always and never compute for long. Bulk threads step back behind the guest's vCPUs instead.
+ * Who goes first on a host without a core to spare. A faulting guest stands still for as long as it
+ * takes to wake the fault thread here and the urgent thread there; everything else can wait. So
+ * these, and the main thread (whose latency is in the blackout), run with real-time priority 1:
+ * they sleep nearly always and never compute for long. Bulk threads step back behind the guest's
+ * vCPUs instead.
  */
 #pragma once
 
-/** schedule_first() - main thread, before privileges are dropped; later threads inherit it. Without the
- *  permission a better nice value is tried, and without that things stay as they are. */
+/** schedule_first() - main thread, before privileges are dropped; later threads inherit it. Without
+ * the permission a better nice value is tried, and without that things stay as they are. */
 void schedule_first(void);
 
 /** schedule_behind() - a bulk thread steps back. */

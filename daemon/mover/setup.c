@@ -47,9 +47,9 @@ static void punch_page(void *arg, uint64_t page)
 }
 
 /*
- * The first mover of a destination empties the RAM files: every mapping is registered, so from then on every
- * touch of the guest is a MISSING fault, also of what a prealloc or an earlier touch had mapped (I3). Here and not in
- * memferryd because gigabytes take seconds.
+ * The first mover of a destination empties the RAM files: every mapping is registered, so from then
+ * on every touch of the guest is a MISSING fault, also of what a prealloc or an earlier touch had
+ * mapped (I3). Here and not in memferryd because gigabytes take seconds.
  */
 static void empty_files(const struct mover *mover)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The VMM's device stream between its socket and the peer, both ways, without a look at it. The end of one
- * direction is passed on as such: QEMU's return path ends later than its stream.
+ * The VMM's device stream between its socket and the peer, both ways, without a look at it. The end
+ * of one direction is passed on as such: QEMU's return path ends later than its stream.
  */
 #include "daemon/mover/mover.h"
 

@@ -2,8 +2,8 @@
 /*
  * A bulk connection's thread on the destination: receive a frame, check it, land it, and so on.
  *
- * The payload of the frame and the header of the next are asked for in one receive, so a busy connection costs
- * one wait a frame. The header sits right before the page-aligned payload.
+ * The payload of the frame and the header of the next are asked for in one receive, so a busy
+ * connection costs one wait a frame. The header sits right before the page-aligned payload.
  */
 #include "daemon/mover/destination/destination.h"
 
@@ -38,8 +38,8 @@ static uint8_t *frame_at(const struct bulk *b)
     return b->buffer + LEAD - MF_FRAME_HEADER_BYTES;
 }
 
-/* Have at least @need bytes from the header on; one header more is welcome. Return: 1, 0 at the end of
- * the stream between frames, or -errno. */
+/* Have at least @need bytes from the header on; one header more is welcome. Return: 1, 0 at the end
+ * of the stream between frames, or -errno. */
 static int have_bytes(struct bulk *b, size_t need)
 {
     while (b->have < need) {
@@ -62,14 +62,16 @@ static void consume(struct bulk *b, size_t bytes)
 
 static int no_memory(const struct bulk *b, int error)
 {
-    link_fail(b->mover,
-              "the destination cannot write %s's memory: %s; free memory there, the session goes on "
-              "by itself",
-              b->mover->name, strerror(-error));
+    link_fail(
+        b->mover,
+        "the destination cannot write %s's memory: %s; free memory there, the session goes on "
+        "by itself",
+        b->mover->name, strerror(-error));
     return error;
 }
 
-/* A huge page goes straight into the second mapping; what came along with the header is moved there. */
+/* A huge page goes straight into the second mapping; what came along with the header is moved
+ * there. */
 static int receive_huge(struct bulk *b, const struct mf_frame *frame)
 {
     uint8_t *to = NULL;
@@ -142,9 +144,8 @@ void *destination_bulk_main(void *argument)
     struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
     schedule_behind();
-    b.resolver = (struct resolver){.mover = self->mover,
-                                   .table = faults_table(self->mover),
-                                   .on_event = nothing};
+    b.resolver = (struct resolver){
+        .mover = self->mover, .table = faults_table(self->mover), .on_event = nothing};
     int r = ring_open(&b.ring, 4);
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));

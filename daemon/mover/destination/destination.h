@@ -17,9 +17,9 @@
 
 /* ---- fault_table.c ----
  *
- * The pages somebody waits for, with the time at which the message was read. Only the fault thread adds;
- * whoever makes a page resolvable finds FAULTED in its state and takes it out. Fixed size. An entry is
- * there whenever FAULTED is set, unless the table was full.
+ * The pages somebody waits for, with the time at which the message was read. Only the fault thread
+ * adds; whoever makes a page resolvable finds FAULTED in its state and takes it out. Fixed size. An
+ * entry is there whenever FAULTED is set, unless the table was full.
  */
 
 #define FAULT_SLOTS 8192u
@@ -44,8 +44,8 @@ void fault_table_each(struct fault_table *table,
 /* ---- resolve.c ---- */
 
 /**
- * struct resolver - how a thread resolves. Only the fault thread may read events, so only it can end an
- * EAGAIN by itself; the others wait for it.
+ * struct resolver - how a thread resolves. Only the fault thread may read events, so only it can
+ * end an EAGAIN by itself; the others wait for it.
  */
 struct resolver {
     struct mover *mover;
@@ -72,14 +72,14 @@ void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
 /* ---- land.c ---- */
 
 /**
- * land_data() - the payload of a DATA frame, already received into @payload: claim the pages, write them
- * into the RAM file, confirm, resolve. Pages that somebody else has filled are skipped.
+ * land_data() - the payload of a DATA frame, already received into @payload: claim the pages, write
+ * them into the RAM file, confirm, resolve. Pages that somebody else has filled are skipped.
  * Return: 0, or -errno of writing the RAM file (-ENOSPC, -ENOMEM: the pages stay missing).
  */
 int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload);
 
-/** land_begin_huge() / land_end_huge() - a page of hugetlbfs, received straight into the second mapping.
- *  begin: @to is where to receive to, or NULL: somebody else has it, receive into scratch.
+/** land_begin_huge() / land_end_huge() - a page of hugetlbfs, received straight into the second
+ * mapping. begin: @to is where to receive to, or NULL: somebody else has it, receive into scratch.
  *  Return: 0, or -errno: no huge page is to be had. end: has it @arrived? */
 int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to);
 void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived);

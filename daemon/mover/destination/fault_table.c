@@ -26,8 +26,8 @@ bool fault_table_add(struct fault_table *table, uint32_t region, uint64_t page, 
     return false;
 }
 
-/* A free slot does not end the search, for others free slots at any time. It is short nevertheless: FAULTED
- * says that the entry is there, and it is near its slot. */
+/* A free slot does not end the search, for others free slots at any time. It is short nevertheless:
+ * FAULTED says that the entry is there, and it is near its slot. */
 uint64_t fault_table_take(struct fault_table *table, uint32_t region, uint64_t page)
 {
     const uint64_t key = key_of(region, page);
@@ -37,8 +37,8 @@ uint64_t fault_table_take(struct fault_table *table, uint32_t region, uint64_t p
             continue;
         uint64_t since_ns = slot->since_ns;
         uint64_t expected = key;
-        if (!atomic_compare_exchange_strong_explicit(&slot->key, &expected, 0,
-                                                     memory_order_acq_rel, memory_order_relaxed))
+        if (!atomic_compare_exchange_strong_explicit(&slot->key, &expected, 0, memory_order_acq_rel,
+                                                     memory_order_relaxed))
             continue;
         atomic_fetch_sub_explicit(&table->used, 1, memory_order_relaxed);
         return since_ns;

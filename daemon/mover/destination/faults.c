@@ -2,13 +2,14 @@
 /*
  * The fault thread: the one reader of the userfaultfds, and the owner of the urgent connection.
  *
- * One io_uring waits for everything: a userfaultfd readable, bytes on the urgent connection, a request
- * sent, a word from the main thread, a timer while something is to be tried again. A fault therefore costs one
- * wake-up to be read and one when its page arrives, and while it travels others are served.
+ * One io_uring waits for everything: a userfaultfd readable, bytes on the urgent connection, a
+ * request sent, a word from the main thread, a timer while something is to be tried again. A fault
+ * therefore costs one wake-up to be read and one when its page arrives, and while it travels others
+ * are served.
  *
  * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them; a
- * fault at an address that no mapping covers is parked and tried again after the next event; faults are
- * de-duplicated by page (FAULTED in its state).
+ * fault at an address that no mapping covers is parked and tried again after the next event; faults
+ * are de-duplicated by page (FAULTED in its state).
  */
 #include "daemon/mover/destination/destination.h"
 
@@ -28,11 +29,11 @@
 #include "lib/uffd.h"
 #include "lib/util.h"
 
-#define FAULTS_ROOM 1024u    /**< faults read but not served yet; more are made to fault again */
+#define FAULTS_ROOM 1024u /**< faults read but not served yet; more are made to fault again */
 #define PARKED_ROOM 256u
-#define REQUESTS_ROOM 4096u  /**< REQUESTs not sent yet */
+#define REQUESTS_ROOM 4096u /**< REQUESTs not sent yet */
 #define MESSAGES_A_READ 64u
-#define RETRY_NS 5000000     /**< parked faults are tried again this often, at the latest */
+#define RETRY_NS 5000000 /**< parked faults are tried again this often, at the latest */
 
 enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD };
 
@@ -64,10 +65,10 @@ struct fault_thread {
     sem_t done;
     int fd;
     bool receiving, sending, broken;
-    uint8_t *in;    /**< a header, then its page-aligned payload (as in bulk.c) */
+    uint8_t *in; /**< a header, then its page-aligned payload (as in bulk.c) */
     size_t in_have, in_need;
     struct mf_frame frame;
-    uint8_t *huge;  /**< a huge page's place in the second mapping while it is received */
+    uint8_t *huge; /**< a huge page's place in the second mapping while it is received */
     uint8_t out[REQUESTS_ROOM * MF_FRAME_HEADER_BYTES];
     size_t out_have, out_sending;
 };
@@ -93,7 +94,8 @@ static struct io_uring_sqe *get_sqe(struct fault_thread *t, enum tag tag, unsign
     return sqe;
 }
 
-/* Set the tag after the prep call: io_uring_prep_* clears user_data in some versions of liburing. */
+/* Set the tag after the prep call: io_uring_prep_* clears user_data in some versions of liburing.
+ */
 static void tag_sqe(struct io_uring_sqe *sqe, enum tag tag, unsigned index)
 {
     io_uring_sqe_set_data64(sqe, (uint64_t)tag | (uint64_t)index << 8);
@@ -141,11 +143,10 @@ static void request(struct fault_thread *t, uint32_t region, uint64_t page)
         /* Thousands of faults in one batch: the sweep brings what was not asked for. */
         return;
     }
-    mf_frame_encode(&(struct mf_frame){.type = MF_FRAME_REQUEST,
-                                       .region = (uint16_t)region,
-                                       .first_page = page,
-                                       .pages = 1},
-                    t->out + t->out_have);
+    mf_frame_encode(
+        &(struct mf_frame){
+            .type = MF_FRAME_REQUEST, .region = (uint16_t)region, .first_page = page, .pages = 1},
+        t->out + t->out_have);
     t->out_have += MF_FRAME_HEADER_BYTES;
     atomic_fetch_add_explicit(&t->mover->figures->faults_asked, 1, memory_order_relaxed);
 }
@@ -181,8 +182,8 @@ static void start_frame(struct fault_thread *t)
     t->in_need = MF_FRAME_HEADER_BYTES;
 }
 
-/* A huge page's payload: from now on in_have and in_need count its bytes. One that is not wanted any more
- * is received into the buffer in pieces. */
+/* A huge page's payload: from now on in_have and in_need count its bytes. One that is not wanted
+ * any more is received into the buffer in pieces. */
 static void begin_huge(struct fault_thread *t)
 {
     size_t along = t->in_have - MF_FRAME_HEADER_BYTES;
@@ -193,8 +194,8 @@ static void begin_huge(struct fault_thread *t)
         return;
     }
     if (!t->huge) {
-        /* Only a frame that travelled twice: let the link be made anew rather than carry a second path
-         * for megabytes that nobody needs. */
+        /* Only a frame that travelled twice: let the link be made anew rather than carry a second
+         * path for megabytes that nobody needs. */
         t->huge = malloc(t->frame.length_bytes);
         if (!t->huge)
             mover_fatal("out of memory for a huge page");
@@ -352,8 +353,9 @@ static void discard_range(struct fault_thread *t, uint32_t context, uint64_t sta
             if (mf_page_state_of(was) == MF_PAGE_LANDING)
                 continue; /* its lander finishes it */
             missing += !mf_page_resolvable(was);
-            /* Not resolved here: that could read events in the middle of a batch of them, and so apply
-             * them out of order. A wake needs no such care; who waits faults again and is served. */
+            /* Not resolved here: that could read events in the middle of a batch of them, and so
+             * apply them out of order. A wake needs no such care; who waits faults again and is
+             * served. */
             if (was & MF_PAGE_FAULTED) {
                 resolve_wake(&t->resolver, m->region, page);
                 resolve_done(&t->resolver, m->region, page);
@@ -369,8 +371,8 @@ static void apply_event(struct fault_thread *t, uint32_t context, const struct u
     int r = 0;
     switch (message->event) {
     case UFFD_EVENT_REMOVE:
-        /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has punched the
-         * file before, silently. So the range is discarded either way. */
+        /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has
+         * punched the file before, silently. So the range is discarded either way. */
         discard_range(t, context, message->arg.remove.start, message->arg.remove.end);
         mf_uffd_wake(mover->context_fd[context], message->arg.remove.start,
                      message->arg.remove.end - message->arg.remove.start);
@@ -382,8 +384,8 @@ static void apply_event(struct fault_thread *t, uint32_t context, const struct u
                      message->arg.remove.end - message->arg.remove.start);
         break;
     case UFFD_EVENT_REMAP:
-        r = mf_layout_remap(&mover->layout, context, message->arg.remap.from,
-                            message->arg.remap.to, message->arg.remap.len);
+        r = mf_layout_remap(&mover->layout, context, message->arg.remap.from, message->arg.remap.to,
+                            message->arg.remap.len);
         break;
     default:
         mf_log(MF_LOG_WARNING, "%s: a userfaultfd message of unknown kind %#x", mover->name,

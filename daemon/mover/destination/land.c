@@ -2,14 +2,14 @@
 /*
  * Landing: bytes into the RAM file, so that they are in the page cache that the guest maps.
  *
- * On tmpfs a run is received into a small buffer that stays in the processor's cache and written with
- * one pwrite(2). That is one copy more than receiving into a mapping, and still much faster: write(2)
- * of whole pages allocates without clearing them first, needs no page-table entry of ours and takes no fault
- * (doc/performance.md has the figures). It also means that a page is LANDING only for as long as a copy
- * within memory takes, never for as long as the network does.
+ * On tmpfs a run is received into a small buffer that stays in the processor's cache and written
+ * with one pwrite(2). That is one copy more than receiving into a mapping, and still much faster:
+ * write(2) of whole pages allocates without clearing them first, needs no page-table entry of ours
+ * and takes no fault (doc/performance.md has the figures). It also means that a page is LANDING
+ * only for as long as a copy within memory takes, never for as long as the network does.
  *
- * But write(2) holds the file's lock, and a bulk thread that is preempted with it would keep the fault thread
- * waiting. So that one, which lands single pages, stores through the second mapping.
+ * But write(2) holds the file's lock, and a bulk thread that is preempted with it would keep the
+ * fault thread waiting. So that one, which lands single pages, stores through the second mapping.
  *
  * hugetlbfs has no write(2); its pages are received straight into the second mapping.
  */
@@ -44,7 +44,8 @@ static void punch(const struct region *region, uint64_t page)
         mover_fatal("cannot punch a discarded page out of %s", region->name);
 }
 
-/* A page was discarded while this thread filled it: take the bytes out again, then let it be zeros. */
+/* A page was discarded while this thread filled it: take the bytes out again, then let it be zeros.
+ */
 static void finish_discard(struct resolver *resolver, uint32_t region, uint64_t page)
 {
     punch(&resolver->mover->region[region], page);

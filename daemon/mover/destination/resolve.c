@@ -2,9 +2,9 @@
 /*
  * Resolving: what the kernel's answers mean (doc/kernel.md has them as a table).
  *
- * Whoever calls has stored the state first (I1). A page may be mapped at several addresses, or at none any
- * more; between the look at the layout and the ioctl a mapping may go away, which the kernel answers with
- * ENOENT, and the UNMAP event then takes it out of the layout.
+ * Whoever calls has stored the state first (I1). A page may be mapped at several addresses, or at
+ * none any more; between the look at the layout and the ioctl a mapping may go away, which the
+ * kernel answers with ENOENT, and the UNMAP event then takes it out of the layout.
  */
 #include "daemon/mover/destination/destination.h"
 
@@ -36,8 +36,8 @@ static void wait_for_event(struct resolver *resolver, unsigned attempt)
 }
 
 /*
- * Whoever waits at @addr is not served: it must not wait for ever. It faults again, and what is true then decides.
- * Memory that is short comes back or does not; until then that is a slow circle.
+ * Whoever waits at @addr is not served: it must not wait for ever. It faults again, and what is
+ * true then decides. Memory that is short comes back or does not; until then that is a slow circle.
  */
 static void let_fault_again(int uffd, uint64_t addr, uint64_t length_bytes, int error)
 {
@@ -62,8 +62,9 @@ static void continue_range(struct resolver *resolver, int uffd, uint64_t at, uin
         } else if (r == -EAGAIN) {
             wait_for_event(resolver, attempt++);
         } else if (r == -ENOENT && step > page_bytes) {
-            /* A range is refused as a whole when a piece of it was unmapped, and also when an madvise(2) or
-             * mprotect(2) has split the mapping, of which no event tells: page by page. */
+            /* A range is refused as a whole when a piece of it was unmapped, and also when an
+             * madvise(2) or mprotect(2) has split the mapping, of which no event tells: page by
+             * page. */
             step = page_bytes;
         } else {
             /* EEXIST: mapped already. EFAULT: punched meanwhile. ENOENT: unmapped or moved. */
@@ -91,8 +92,8 @@ void resolve_wake(struct resolver *resolver, uint32_t region, uint64_t page)
     struct mover *mover = resolver->mover;
     const uint64_t page_bytes = mover->region[region].page_bytes;
     struct mf_range ranges[RANGES_MAX];
-    unsigned count = mf_layout_ranges(&mover->layout, region, page * page_bytes, page_bytes, ranges,
-                                      RANGES_MAX);
+    unsigned count =
+        mf_layout_ranges(&mover->layout, region, page * page_bytes, page_bytes, ranges, RANGES_MAX);
     for (unsigned i = 0; i < count && i < RANGES_MAX; i++)
         mf_uffd_wake(mover->context_fd[ranges[i].context], ranges[i].start_addr,
                      ranges[i].length_bytes);

@@ -66,8 +66,7 @@ static int put_empty(struct sender *s, uint32_t region, uint64_t first, uint64_t
                      bool again)
 {
     struct mover *mover = s->mover;
-    uint64_t fresh =
-        mf_page_confirm_empty(&mover->view.pages[region], first, pages, NULL, NULL);
+    uint64_t fresh = mf_page_confirm_empty(&mover->view.pages[region], first, pages, NULL, NULL);
     if (fresh == 0 && !again)
         return 0;
     count(hole ? &mover->figures->hole_pages : &mover->figures->zero_pages, fresh);
@@ -97,9 +96,9 @@ static int put_data(struct sender *s, uint32_t region, uint64_t first, uint64_t 
 }
 
 /*
- * Does a page read as zeros? On hugetlbfs, which calls its holes data, a look through the mapping would allocate
- * a huge page for a hole, or end in SIGBUS where none is free. read(2) does neither; the mapping is
- * touched only for pages that have bytes.
+ * Does a page read as zeros? On hugetlbfs, which calls its holes data, a look through the mapping
+ * would allocate a huge page for a hole, or end in SIGBUS where none is free. read(2) does neither;
+ * the mapping is touched only for pages that have bytes.
  */
 static bool reads_as_zeros(struct sender *s, const struct region *r, uint64_t page)
 {
@@ -120,13 +119,11 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
     struct mover *mover = s->mover;
     const struct region *r = &mover->region[region];
     const struct mf_pages *states = &mover->view.pages[region];
-    const uint64_t most = r->page_bytes >= SENDER_BATCH_BYTES
-                              ? 1
-                              : SENDER_BATCH_BYTES / r->page_bytes;
+    const uint64_t most =
+        r->page_bytes >= SENDER_BATCH_BYTES ? 1 : SENDER_BATCH_BYTES / r->page_bytes;
     /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
     if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
-        madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes,
-                MADV_POPULATE_READ);
+        madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
     uint64_t page = first;
     while (page < end) {
         uint64_t run = page, fresh = 0, zeros;
@@ -166,11 +163,11 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
 /*
  * What [page, end) begins with: data or a hole, and up to where.
  *
- * A hole must not even be read: reading it through a mapping would allocate it. SEEK_HOLE would name the end
- * of the data in one call, but it looks at every page up to the next hole, which in a well filled guest is
- * most of its RAM; asked for every chunk that took more time than everything else together. SEEK_DATA stops at
- * the first page it finds, so it is asked page by page. hugetlbfs knows no SEEK_DATA and calls
- * everything data.
+ * A hole must not even be read: reading it through a mapping would allocate it. SEEK_HOLE would
+ * name the end of the data in one call, but it looks at every page up to the next hole, which in a
+ * well filled guest is most of its RAM; asked for every chunk that took more time than everything
+ * else together. SEEK_DATA stops at the first page it finds, so it is asked page by page. hugetlbfs
+ * knows no SEEK_DATA and calls everything data.
  */
 static int next_extent(const struct region *r, uint64_t page, uint64_t end, bool *data,
                        uint64_t *until)

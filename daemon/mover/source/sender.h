@@ -5,9 +5,9 @@
  * A sender belongs to one thread and one connection. Page bytes go from the second mapping into the
  * socket without a copy of ours; frames of several runs share a sendmsg(2).
  *
- * The source's RAM is frozen when this runs: the guest was paused before anything was asked for, and after
- * RELEASE it never runs here again. So all copies of a page are equal, and a page that went both by the
- * sweep and by an urgent answer does no harm (I7).
+ * The source's RAM is frozen when this runs: the guest was paused before anything was asked for,
+ * and after RELEASE it never runs here again. So all copies of a page are equal, and a page that
+ * went both by the sweep and by an urgent answer does no harm (I7).
  */
 #pragma once
 
@@ -15,7 +15,8 @@
 #include "daemon/mover/ring.h"
 
 #define SENDER_FRAMES 64u
-#define SENDER_BATCH_BYTES (256u * 1024u) /**< sent in one go; bounds what an urgent answer waits behind */
+#define SENDER_BATCH_BYTES                                                                         \
+    (256u * 1024u) /**< sent in one go; bounds what an urgent answer waits behind */
 
 struct sender {
     struct mover *mover;
@@ -33,11 +34,11 @@ void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ri
 
 /**
  * sender_pages() - offer a run of pages: DATA, ZERO or hole, as they are.
- * @again: send pages that were sent before too (an answer to a fault); else only those that this call
- *         wins.
- * Return: 0 or -errno of the connection.
+ * @again: send pages that were sent before too (an answer to a fault); else only those that this
+ * call wins. Return: 0 or -errno of the connection.
  */
-int sender_pages(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages, bool again);
+int sender_pages(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages,
+                 bool again);
 
 /** sender_barrier() - a BARRIER behind everything so far. */
 int sender_barrier(struct sender *sender, uint32_t pass);

@@ -2,10 +2,10 @@
 /*
  * The sweep: the source's background pass over everything that the destination does not have.
  *
- * All regions are cut into chunks, in one row. Each bulk thread takes the next chunk that nobody took,
- * beginning behind the last fault (the pivot): where the guest works now it will soon want more. Taking a
- * chunk is one atomic exchange. Behind the last chunk every thread sends a BARRIER; once the destination has
- * all of them it knows that what it still misses must be named again.
+ * All regions are cut into chunks, in one row. Each bulk thread takes the next chunk that nobody
+ * took, beginning behind the last fault (the pivot): where the guest works now it will soon want
+ * more. Taking a chunk is one atomic exchange. Behind the last chunk every thread sends a BARRIER;
+ * once the destination has all of them it knows that what it still misses must be named again.
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/ring.h"
@@ -153,8 +153,7 @@ static int send_chunk(struct sender *sender, uint64_t chunk)
     if (pages > r->pages - first)
         pages = r->pages - first;
     /* On a later link little may be missing: only that is looked at. */
-    const struct mf_pages part = {.state = mover->view.pages[region].state,
-                                  .count = first + pages};
+    const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
     uint64_t at = first, run;
     while ((run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0) {
         int r2 = sender_pages(sender, region, at, run, false);

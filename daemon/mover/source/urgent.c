@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The urgent thread: answers REQUESTs. The page that is waited for goes out first and alone; when nothing
- * more is asked for, the neighbours of what was asked last follow, the newest first.
+ * The urgent thread: answers REQUESTs. The page that is waited for goes out first and alone; when
+ * nothing more is asked for, the neighbours of what was asked last follow, the newest first.
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/ring.h"
