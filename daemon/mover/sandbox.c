@@ -126,9 +126,10 @@ int sandbox_filter(struct mf_error *err)
     int r = 0;
     for (unsigned i = 0; r == 0 && i < sizeof(calls) / sizeof(calls[0]); i++)
         r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, calls[i], 0);
-    for (unsigned i = 0; r == 0 && i < sizeof(ioctls) / sizeof(ioctls[0]); i++)
-        r = seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
-                             SCMP_A1(SCMP_CMP_EQ, ioctls[i]));
+    for (unsigned i = 0; r == 0 && i < sizeof(ioctls) / sizeof(ioctls[0]); i++) {
+        const struct scmp_arg_cmp request = {.arg = 1, .op = SCMP_CMP_EQ, .datum_a = ioctls[i]};
+        r = seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1, &request);
+    }
     if (r == 0)
         r = seccomp_load(filter);
     seccomp_release(filter);

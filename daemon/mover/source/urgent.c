@@ -23,8 +23,8 @@ struct recent {
 };
 
 struct urgent {
+    struct sender sender; /* first: it has the strictest alignment */
     struct mover *mover;
-    struct sender sender;
     struct io_uring ring;
     int fd;
     uint8_t in[REQUESTS_ROOM * MF_FRAME_HEADER_BYTES];
