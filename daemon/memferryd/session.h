@@ -79,7 +79,7 @@ struct session {
     unsigned mover_restarts;
     uint64_t mover_started_ns;
     struct event *mover_timer;
-    struct event *vm_timer; /**< the VM was told something and has not done it */
+    struct event *vm_timer; /**< a VM, here or there, was told something and has not done it */
 
     /* The link. */
     uint32_t link;  /**< number of the present or last one */

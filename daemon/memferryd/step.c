@@ -18,6 +18,9 @@
 #define RECONNECT_FIRST_MS 100u
 #define RECONNECT_MOST_MS 1000u
 #define QUIT_TIMEOUT_S 20
+/* Before RELEASE nothing may take for ever: the guest is worth more than the attempt. */
+#define READY_TIMEOUT_S 30      /**< from the start to the destination's VM listening */
+#define SWITCHOVER_TIMEOUT_S 10 /**< from the guest's pause to RELEASE */
 #define START_AGAIN_S 2
 #define ABANDON_AGAIN_S 1
 
@@ -100,6 +103,19 @@ static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
     struct session *session = arg;
     (void)fd;
     (void)what;
+    if (session->state == MF_S_CONNECTING) {
+        session_set_reason(session, "the destination's VM did not get ready within %d s",
+                           READY_TIMEOUT_S);
+        session_event(session, MF_EV_VMM_FAILED);
+        return;
+    }
+    if (session->role == MF_SOURCE && !session->released) {
+        session_set_reason(session,
+                           "the device state did not reach the destination's VM within %d s",
+                           SWITCHOVER_TIMEOUT_S);
+        session_event(session, MF_EV_VMM_FAILED);
+        return;
+    }
     if (session->role == MF_DESTINATION) {
         if (session->state == MF_D_STARTING || session->state == MF_D_STARTING_LOST)
             session_vmm_ops(session)->resume(session->vmm, session->guest_was_running);
@@ -118,6 +134,12 @@ static void arm_vm_timer(struct session *session, unsigned after_s)
         session->vm_timer = evtimer_new(daemon_base(session->daemon), on_vm_timer, session);
     if (session->vm_timer)
         evtimer_add(session->vm_timer, &(struct timeval){.tv_sec = after_s});
+}
+
+static void disarm_vm_timer(struct session *session)
+{
+    if (session->vm_timer)
+        evtimer_del(session->vm_timer);
 }
 
 /* Source: the destination has everything. */
@@ -190,9 +212,11 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         session_event(session, MF_EV_LINK_LOST);
         break;
     case MF_ACT_START_VMM:
+        disarm_vm_timer(session);
         start_vmm(session);
         break;
     case MF_ACT_FINISH_VMM:
+        arm_vm_timer(session, SWITCHOVER_TIMEOUT_S);
         /* From here on what the mover answers to faults stays true. */
         mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);
         session_vmm_ops(session)->finish_outgoing(session->vmm);
@@ -201,6 +225,7 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         /* Noted before it is sent: from here on this host never runs the guest again (I6). */
         session->released = true;
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_RELEASE);
+        disarm_vm_timer(session);
         break;
     case MF_ACT_RECONNECT:
         reconnect(session);
@@ -209,6 +234,7 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         finish(session);
         break;
     case MF_ACT_RETURN_GUEST:
+        disarm_vm_timer(session);
         tell_peer_abort(session);
         session_vmm_ops(session)->return_guest(session->vmm);
         break;
@@ -326,8 +352,10 @@ void session_on_mover_ready(struct session *session)
 {
     if (session->starting) {
         session_started(session);
-        if (session->role == MF_SOURCE)
+        if (session->role == MF_SOURCE) {
+            arm_vm_timer(session, READY_TIMEOUT_S);
             connector_start(session);
+        }
         return;
     }
     if (session->state == MF_S_RECOVERING && !session->connector)

@@ -279,6 +279,17 @@ def cancel_interrupted(sandbox):
 
 
 @e2e()
+def stall_returns_guest(sandbox):
+    """A device stream that goes nowhere: the guest is not kept paused for it."""
+    pair = Pair(sandbox)
+    verb, _ = hold_switchover(pair, sandbox)
+    answer = verb.wait(30)
+    need(answer.code == 1 and "within" in answer.json["reason"], f"it should give up and say so: {answer}")
+    pair.check_stayed()
+    pair.forget()
+
+
+@e2e()
 def cancel_then_migrate(sandbox):
     """After a cancelled attempt the same guest migrates, to a fresh QEMU."""
     pair = Pair(sandbox)
