@@ -158,9 +158,9 @@ static int continues(void)
 }
 
 /** What tracking of writes is for: sending memory while the guest still runs at the source. */
-#define NOT_YET_USED                                                                               \
-    "this version does without: all memory follows the guest; a later one may send it ahead, and " \
-    "will need to see which pages are written: "
+#define NO_ROUNDS                                                                                  \
+    "hybrid becomes postcopy here: no memory is sent ahead while the guest still runs on this "    \
+    "host, all of it follows the guest: "
 
 static void check_feature(struct mf_check *row, uint64_t feature)
 {
@@ -194,7 +194,7 @@ static void check_feature(struct mf_check *row, uint64_t feature)
                 since);
         break;
     case UFFD_FEATURE_WP_ASYNC:
-        verdict(row, MF_CHECK_LIMITED, NOT_YET_USED "boot Linux %s or newer", since);
+        verdict(row, MF_CHECK_LIMITED, NO_ROUNDS "boot Linux %s or newer", since);
         break;
     default:
         verdict(row, MF_CHECK_MISSING, "boot Linux %s or newer", since);
@@ -221,10 +221,7 @@ static void check_pagemap_scan(struct mf_check *row, uint64_t unused)
         return;
     }
     found(row, "no (%s)", strerror(errno));
-    verdict(
-        row, MF_CHECK_LIMITED,
-        "memory can't be sent ahead while the guest runs at the source, only after it moved: boot "
-        "Linux 6.7 or newer");
+    verdict(row, MF_CHECK_LIMITED, NO_ROUNDS "boot Linux 6.7 or newer");
 }
 
 /* ------------------------------------------------------------------------ getting at the target */

@@ -2,6 +2,7 @@
 #include "lib/control_message.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -66,6 +67,76 @@ static int check_path(const char *path, struct mf_error *err)
                    PATH_MAX);
 }
 
+const char *mf_control_mode(const char *text)
+{
+    static const char *const modes[] = {"hybrid", "postcopy", "precopy"};
+    if (!text[0])
+        return modes[0];
+    for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++) {
+        if (strcmp(text, modes[i]) == 0)
+            return modes[i];
+    }
+    return NULL;
+}
+
+int mf_control_rounds_check(const struct mf_control_rounds *rounds, struct mf_error *err)
+{
+    bool precopy = strcmp(rounds->mode, "precopy") == 0;
+    bool postcopy = strcmp(rounds->mode, "postcopy") == 0;
+    if (rounds->fallback && !precopy)
+        return mf_fail(err, EINVAL,
+                       "--fallback goes with --mode precopy only: it has a precopy that does not "
+                       "converge become hybrid, and the mode here is %s",
+                       rounds->mode);
+    if (rounds->max_blackout_ms && !precopy)
+        return mf_fail(err, EINVAL,
+                       "--max-blackout goes with --mode precopy only: with %s the pause does not "
+                       "depend on how much is left to send",
+                       rounds->mode);
+    if (postcopy && (rounds->max_rounds || rounds->switch_after_s))
+        return mf_fail(err, EINVAL,
+                       "%s does not go with --mode postcopy, which sends nothing ahead and has no "
+                       "rounds; leave it out, or use --mode hybrid",
+                       rounds->max_rounds ? "--max-rounds" : "--switch-after");
+    return 0;
+}
+
+static int check_bandwidth(uint64_t bits_s, struct mf_error *err)
+{
+    if (bits_s == 0 ||
+        (bits_s >= MF_CONTROL_BANDWIDTH_MIN_BITS_S && bits_s <= MF_CONTROL_BANDWIDTH_MAX_BITS_S))
+        return 0;
+    return mf_fail(err, EINVAL,
+                   "a bandwidth of %" PRIu64 " bits per second is out of range; 64k to 1000T are "
+                   "possible, and 0 for no limit",
+                   bits_s);
+}
+
+static int check_rounds(const Memferry__Control__MigrateRequest *migrate, struct mf_error *err)
+{
+    struct mf_control_rounds rounds = {.mode = mf_control_mode(migrate->mode),
+                                       .max_rounds = migrate->max_rounds,
+                                       .switch_after_s = migrate->switch_after_s,
+                                       .max_blackout_ms = migrate->max_blackout_ms,
+                                       .fallback = migrate->fallback};
+    if (!rounds.mode)
+        return mf_fail(err, EINVAL,
+                       "the mode is none that this memferryd (%s) knows; it is hybrid, postcopy or "
+                       "precopy",
+                       MF_VERSION);
+    if (rounds.max_rounds > MF_CONTROL_ROUNDS_MAX)
+        return mf_fail(err, EINVAL, "%u rounds are too many; 1 to %u are possible",
+                       rounds.max_rounds, MF_CONTROL_ROUNDS_MAX);
+    if (rounds.switch_after_s > MF_CONTROL_SWITCH_AFTER_MAX_S)
+        return mf_fail(err, EINVAL, "switching after %u seconds is too late; 1 to %u are possible",
+                       rounds.switch_after_s, MF_CONTROL_SWITCH_AFTER_MAX_S);
+    if (rounds.max_blackout_ms > MF_CONTROL_BLACKOUT_MAX_MS)
+        return mf_fail(err, EINVAL,
+                       "a blackout of %u milliseconds is too long; 1 to %u are possible",
+                       rounds.max_blackout_ms, MF_CONTROL_BLACKOUT_MAX_MS);
+    return mf_control_rounds_check(&rounds, err);
+}
+
 static int check_migrate(const Memferry__Control__MigrateRequest *migrate, struct mf_error *err)
 {
     int rc = check_name(migrate->name, err);
@@ -83,7 +154,8 @@ static int check_migrate(const Memferry__Control__MigrateRequest *migrate, struc
     if (migrate->streams > MF_CONTROL_STREAMS_MAX)
         return mf_fail(err, EINVAL, "%u streams are too many; 1 to %u are possible",
                        migrate->streams, MF_CONTROL_STREAMS_MAX);
-    return 0;
+    rc = check_bandwidth(migrate->bandwidth_bits_s, err);
+    return rc < 0 ? rc : check_rounds(migrate, err);
 }
 
 static int check_request(const Memferry__Control__Request *request, struct mf_error *err)
@@ -103,6 +175,12 @@ static int check_request(const Memferry__Control__Request *request, struct mf_er
         return check_name(request->forget->name, err);
     case MEMFERRY__CONTROL__REQUEST__VERB_WATCH:
         return check_name(request->watch->name, err);
+    case MEMFERRY__CONTROL__REQUEST__VERB_SET: {
+        int rc = check_name(request->set->name, err);
+        return rc < 0 ? rc : check_bandwidth(request->set->bandwidth_bits_s, err);
+    }
+    case MEMFERRY__CONTROL__REQUEST__VERB_SWITCH_NOW:
+        return check_name(request->switch_now->name, err);
     case MEMFERRY__CONTROL__REQUEST__VERB__NOT_SET:
     case _MEMFERRY__CONTROL__REQUEST__VERB__CASE_IS_INT_SIZE:
         break;

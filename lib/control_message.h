@@ -6,6 +6,7 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -16,6 +17,12 @@
 #define MF_CONTROL_HEADER_BYTES 4u
 #define MF_CONTROL_MESSAGE_MAX_BYTES (1u << 20) /**< without the header */
 #define MF_CONTROL_STREAMS_MAX 16u              /**< bulk connections that may be asked for */
+#define MF_CONTROL_ROUNDS_MAX 1000u             /**< precopy rounds that may be asked for */
+#define MF_CONTROL_SWITCH_AFTER_MAX_S 604800u   /**< a week */
+#define MF_CONTROL_BLACKOUT_MAX_MS 60000u       /**< longer, and it is no live migration */
+/** A limit below this is a forgotten suffix: no migration would ever end. */
+#define MF_CONTROL_BANDWIDTH_MIN_BITS_S UINT64_C(64000)
+#define MF_CONTROL_BANDWIDTH_MAX_BITS_S UINT64_C(1000000000000000) /**< 1000T */
 
 /**
  * mf_control_frame() - a message with its length before it.
@@ -37,8 +44,29 @@ int mf_control_body(const uint8_t *data, size_t have_bytes, size_t *body_bytes,
                     struct mf_error *err);
 
 /**
+ * mf_control_mode() - the mode that a request or a command line names.
+ * Return: "hybrid" (for "" too), "postcopy" or "precopy", a constant that outlives the request;
+ * NULL for anything else.
+ */
+const char *mf_control_mode(const char *text);
+
+/** struct mf_control_rounds - how memory is sent before RELEASE, as it was asked for; 0: not said.
+ */
+struct mf_control_rounds {
+    const char *mode; /**< a value of mf_control_mode() */
+    uint32_t max_rounds, switch_after_s, max_blackout_ms;
+    bool fallback;
+};
+
+/**
+ * mf_control_rounds_check() - do these go together? An option that the mode has no use for is
+ * refused rather than ignored. Return: 0 or -EINVAL with a sentence that names the option.
+ */
+int mf_control_rounds_check(const struct mf_control_rounds *rounds, struct mf_error *err);
+
+/**
  * mf_control_request() - unpack a request and check everything in it before anyone acts on it: that
- * there is a verb, names, absolute paths, host, port and number of streams.
+ * there is a verb, names, absolute paths, host, port, and the numbers and modes of a migration.
  * @out: on success the caller's, to be freed with memferry__control__request__free_unpacked().
  * Return: 0, -EPROTO (not a request, or of a newer memferry), -EINVAL (a field is wrong), -ENOMEM.
  */

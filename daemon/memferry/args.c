@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "lib/control_message.h"
+#include "daemon/memferry/units.h"
 #include "lib/util.h"
 
 static const char default_runtime_dir[] = "/run/memferry";
@@ -88,6 +88,83 @@ static int set_streams(struct cli_args *args, const char *value, struct mf_error
     return 0;
 }
 
+static int set_mode(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    /* Empty is the default on the wire, and a slip here. */
+    const char *mode = value[0] ? mf_control_mode(value) : NULL;
+    if (!mode)
+        return mf_fail(err, EINVAL, "--mode '%.80s' is none of hybrid, postcopy and precopy",
+                       value);
+    args->rounds.mode = mode;
+    return 0;
+}
+
+/* @name: what the value is called at the place where it stands. */
+static int take_bandwidth(struct cli_args *args, const char *name, const char *value,
+                          struct mf_error *err)
+{
+    uint64_t bits_s = 0;
+    int rc = rate_parse(value, &bits_s);
+    if (rc == -EINVAL)
+        return mf_fail(err, EINVAL,
+                       "%s '%.80s' is not a rate; it is bits per second, with k, M, G or T behind "
+                       "the number, as in 2.5G, or 'none'",
+                       name, value);
+    if (rc < 0 || bits_s > MF_CONTROL_BANDWIDTH_MAX_BITS_S)
+        return mf_fail(err, EINVAL, "%s '%.80s' is more than 1000T, the most that can be asked for",
+                       name, value);
+    if (bits_s && bits_s < MF_CONTROL_BANDWIDTH_MIN_BITS_S)
+        return mf_fail(err, EINVAL,
+                       "%s '%.80s' is less than 64k bits per second, and nothing would ever get "
+                       "through; was a suffix (k, M, G, T) forgotten? 'none' is no limit",
+                       name, value);
+    args->bandwidth_bits_s = bits_s;
+    args->bandwidth_given = true;
+    return 0;
+}
+
+static int set_bandwidth(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_bandwidth(args, "--bandwidth", value, err);
+}
+
+static int take_number(const char *name, const char *value, const char *unit, uint32_t most,
+                       uint32_t *out, struct mf_error *err)
+{
+    uint64_t number;
+    if (mf_number_parse(value, 1, most, &number) < 0)
+        return mf_fail(err, EINVAL, "%s '%.80s' is not a number%s from 1 to %u", name, value, unit,
+                       most);
+    *out = (uint32_t)number;
+    return 0;
+}
+
+static int set_max_rounds(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_number("--max-rounds", value, "", MF_CONTROL_ROUNDS_MAX, &args->rounds.max_rounds,
+                       err);
+}
+
+static int set_switch_after(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_number("--switch-after", value, " of seconds", MF_CONTROL_SWITCH_AFTER_MAX_S,
+                       &args->rounds.switch_after_s, err);
+}
+
+static int set_max_blackout(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_number("--max-blackout", value, " of milliseconds", MF_CONTROL_BLACKOUT_MAX_MS,
+                       &args->rounds.max_blackout_ms, err);
+}
+
+static int set_fallback(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    (void)value;
+    (void)err;
+    args->rounds.fallback = true;
+    return 0;
+}
+
 static int set_json(struct cli_args *args, const char *value, struct mf_error *err)
 {
     (void)value;
@@ -149,6 +226,12 @@ static const struct option {
     {"--detach", CLI_OPTION_DETACH, NULL, set_detach},
     {"--keep-source", CLI_OPTION_KEEP_SOURCE, NULL, set_keep_source},
     {"--streams", CLI_OPTION_STREAMS, "N", set_streams},
+    {"--mode", CLI_OPTION_MODE, "hybrid|postcopy|precopy", set_mode},
+    {"--bandwidth", CLI_OPTION_BANDWIDTH, "RATE", set_bandwidth},
+    {"--max-rounds", CLI_OPTION_MAX_ROUNDS, "N", set_max_rounds},
+    {"--switch-after", CLI_OPTION_SWITCH_AFTER, "SECONDS", set_switch_after},
+    {"--max-blackout", CLI_OPTION_MAX_BLACKOUT, "MS", set_max_blackout},
+    {"--fallback", CLI_OPTION_FALLBACK, NULL, set_fallback},
     {"--runtime-dir", 0, "DIR", set_runtime_dir},
     {"--help", 0, NULL, set_help},
     {"-h", 0, NULL, set_help},
@@ -253,6 +336,23 @@ static int take_name(const char *name, struct cli_args *args, struct mf_error *e
     return 0;
 }
 
+/* KEY=VALUE behind the name. */
+static int take_setting(const char *text, struct cli_args *args, struct mf_error *err)
+{
+    static const char key[] = "bandwidth";
+    const char *equals = strchr(text, '=');
+    size_t key_bytes = equals ? (size_t)(equals - text) : strlen(text);
+    if (key_bytes != strlen(key) || strncmp(text, key, key_bytes) != 0)
+        return mf_fail(err, EINVAL,
+                       "there is nothing called '%.*s' to set; what can be set is bandwidth=RATE",
+                       (int)(key_bytes < 60 ? key_bytes : 60), text);
+    if (!equals)
+        return mf_fail(err, EINVAL, "bandwidth lacks its value: bandwidth=RATE");
+    if (args->bandwidth_given)
+        return mf_fail(err, EINVAL, "bandwidth is given twice");
+    return take_bandwidth(args, key, equals + 1, err);
+}
+
 static int check_complete(const struct cli_args *args, unsigned given, struct mf_error *err)
 {
     const struct cli_verb *verb = args->verb;
@@ -264,13 +364,17 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
             return mf_fail(err, EINVAL, "'memferry %s' needs %s %s: memferry %s %s", verb->word,
                            options[i].word, options[i].value, verb->word, verb->usage);
     }
-    return 0;
+    if (verb->settings && !args->bandwidth_given)
+        return mf_fail(err, EINVAL, "'memferry %s %s' lacks what to set: memferry %s %s",
+                       verb->word, args->name, verb->word, verb->usage);
+    return mf_control_rounds_check(&args->rounds, err);
 }
 
 int cli_parse(int argc, char **argv, const struct cli_verb *verbs, struct cli_args *args,
               struct mf_error *err)
 {
-    *args = (struct cli_args){.runtime_dir = default_runtime_dir};
+    *args =
+        (struct cli_args){.runtime_dir = default_runtime_dir, .rounds.mode = mf_control_mode("")};
     unsigned given = 0;
     bool options_ended = false;
     for (int i = 1; i < argc; i++) {
@@ -283,6 +387,8 @@ int cli_parse(int argc, char **argv, const struct cli_verb *verbs, struct cli_ar
             rc = take_option(argv, &i, args, &given, err);
         else if (!args->verb)
             rc = take_verb(argv[i], verbs, args, err);
+        else if (args->verb->settings && args->name)
+            rc = take_setting(argv[i], args, err);
         else
             rc = take_name(argv[i], args, err);
         if (rc < 0) {

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "lib/control_message.h"
 #include "lib/endpoint.h"
 #include "lib/error.h"
 
@@ -27,6 +28,12 @@ enum cli_option {
     CLI_OPTION_DETACH = 1 << 3,
     CLI_OPTION_KEEP_SOURCE = 1 << 4,
     CLI_OPTION_STREAMS = 1 << 5,
+    CLI_OPTION_MODE = 1 << 6,
+    CLI_OPTION_BANDWIDTH = 1 << 7,
+    CLI_OPTION_MAX_ROUNDS = 1 << 8,
+    CLI_OPTION_SWITCH_AFTER = 1 << 9,
+    CLI_OPTION_MAX_BLACKOUT = 1 << 10,
+    CLI_OPTION_FALLBACK = 1 << 11,
 };
 
 enum cli_name { CLI_NAME_NONE, CLI_NAME_OPTIONAL, CLI_NAME_REQUIRED };
@@ -38,7 +45,10 @@ struct cli_args {
     const char *name;            /**< NULL where the verb's name was optional and left out */
     const char *qmp_path;        /**< as given: perhaps relative */
     struct mf_endpoint to;
-    unsigned streams; /**< 0: not given */
+    unsigned streams;                /**< 0: not given */
+    struct mf_control_rounds rounds; /**< that go together; the mode is the default if not given */
+    uint64_t bandwidth_bits_s;       /**< 0: no limit */
+    bool bandwidth_given;
     bool json, detach, keep_source;
     bool help, version;
 };
@@ -47,12 +57,14 @@ struct cli_args {
  * @summary:  a line for `memferry --help`.
  * @usage:    what follows "memferry VERB " in a synopsis.
  * @help:     the body of `memferry VERB --help`.
+ * @settings: KEY=VALUE follows the name, at least one.
  * @allowed, @required: bits of enum cli_option.
  * @run:      does it; the return value is an enum cli_exit.
  */
 struct cli_verb {
     const char *word, *summary, *usage, *help;
     enum cli_name name;
+    bool settings;
     unsigned allowed, required;
     int (*run)(const struct cli_args *args);
 };

@@ -229,6 +229,12 @@ static int start(struct migration *m, char *qmp_path)
     migrate.keep_source = args->keep_source;
     migrate.streams = args->streams;
     migrate.detach = args->detach;
+    migrate.mode = (char *)args->rounds.mode;
+    migrate.bandwidth_bits_s = args->bandwidth_bits_s;
+    migrate.max_rounds = args->rounds.max_rounds;
+    migrate.switch_after_s = args->rounds.switch_after_s;
+    migrate.max_blackout_ms = args->rounds.max_blackout_ms;
+    migrate.fallback = args->rounds.fallback;
     Memferry__Control__Request request = MEMFERRY__CONTROL__REQUEST__INIT;
     request.verb_case = MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE;
     request.migrate = &migrate;

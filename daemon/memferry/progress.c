@@ -38,18 +38,76 @@ void progress_open(struct progress *progress, bool wanted)
     *progress = (struct progress){.wanted = wanted, .terminal = isatty(STDERR_FILENO) == 1};
 }
 
-static double share(const Memferry__Control__Session *session)
+void forecast_update(struct forecast *forecast, uint32_t round, uint64_t left_bytes)
 {
-    if (!session->ram_bytes)
-        return 0;
-    double done = (double)session->confirmed_bytes / (double)session->ram_bytes;
-    return done > 1 ? 1 : done;
+    if (round < forecast->round)
+        *forecast = (struct forecast){.round = 0};
+    if (round > forecast->round) {
+        /* A round that came and went between two looks is not known: no comparison over it. */
+        forecast->known = forecast->round && round == forecast->round + 1 && forecast->begun_bytes;
+        if (forecast->known)
+            forecast->again = (double)left_bytes / (double)forecast->begun_bytes;
+        forecast->round = round;
+        forecast->begun_bytes = left_bytes;
+    } else if (left_bytes > forecast->begun_bytes) {
+        forecast->begun_bytes = left_bytes;
+    }
+}
+
+bool forecast_bytes(const struct forecast *forecast, uint64_t left_bytes, bool follows,
+                    uint64_t *out)
+{
+    double more = 0;
+    if (forecast->known && forecast->again < 0.95)
+        more = (double)forecast->begun_bytes * forecast->again / (1 - forecast->again);
+    else if (forecast->known && !follows)
+        return false;
+    else if (forecast->known)
+        more = (double)forecast->begun_bytes * forecast->again;
+    *out = left_bytes + (uint64_t)more;
+    return true;
+}
+
+static bool in_rounds(const Memferry__Control__Session *session)
+{
+    return session->rounds && strcmp(session->state, "precopy") == 0;
+}
+
+/* "round 2, 120 MiB left  812 MiB/s  4,120 pages/s written  3.0 s to go" */
+static void round_figures(const struct progress *progress,
+                          const Memferry__Control__Session *session, const char *separator,
+                          char *out, size_t out_bytes)
+{
+    char end[64] = "", rate[48] = "", written[64] = "";
+    if (progress->sent.known)
+        snprintf(rate, sizeof(rate), "%s%s/s", separator,
+                 show_bytes((uint64_t)progress->sent.per_second).text);
+    /* Zero pages and holes go faster than bytes do; a short round is not measured by itself. */
+    double per_second =
+        progress->round.known ? progress->round.per_second : progress->sent.per_second;
+    uint64_t bytes = 0;
+    bool follows = strcmp(session->mode, "precopy") != 0;
+    if (!forecast_bytes(&progress->forecast, session->round_left_bytes, follows, &bytes))
+        snprintf(end, sizeof(end), "%sno end in sight", separator);
+    else if (per_second > 0 && (double)bytes / per_second < 86400)
+        snprintf(end, sizeof(end), "%s%s to go", separator,
+                 show_us((double)bytes / per_second * 1e6).text);
+    /* The first round has nothing to compare with. */
+    if (session->rounds > 1 || session->dirty_rate_pages_s)
+        snprintf(written, sizeof(written), "%s%s pages/s written", separator,
+                 show_count(session->dirty_rate_pages_s).text);
+    snprintf(out, out_bytes, "round %u, %s left%s%s%s", session->rounds,
+             show_bytes(session->round_left_bytes).text, rate, written, end);
 }
 
 /* "440 MiB of 1.0 GiB  812 MiB/s  1,234 faults  3.0 s left" */
 static void figures(const struct progress *progress, const Memferry__Control__Session *session,
                     const char *separator, char *out, size_t out_bytes)
 {
+    if (in_rounds(session)) {
+        round_figures(progress, session, separator, out, out_bytes);
+        return;
+    }
     char left[48] = "", rate[48] = "";
     if (progress->sent.known)
         snprintf(rate, sizeof(rate), "%s%s/s", separator,
@@ -75,24 +133,24 @@ static int terminal_columns(void)
 
 static void draw_bar(struct progress *progress, const Memferry__Control__Session *session)
 {
-    char text[160], line[512], bar[64] = "";
+    char text[256], line[512], bar[64] = "";
     figures(progress, session, "  ", text, sizeof(text));
     int columns = terminal_columns();
     /* µ has two bytes and one column; the bar gives way first, then the end of the line. */
     int used = snprintf(line, sizeof(line), "%s  %-10s  %3d %%  %s", session->name, session->state,
-                        (int)(share(session) * 100), text);
+                        (int)(show_share(session) * 100), text);
     int room = columns - 1 - used - 4;
     if (room > 30)
         room = 30;
     if (room >= 6) {
-        int full = (int)(share(session) * room);
+        int full = (int)(show_share(session) * room);
         bar[0] = '[';
         for (int i = 0; i < room; i++)
             bar[i + 1] = i < full ? '=' : i == full ? '>' : ' ';
         memcpy(bar + room + 1, "]  ", 4);
     }
     snprintf(line, sizeof(line), "%s  %-10s  %s%3d %%  %s", session->name, session->state, bar,
-             (int)(share(session) * 100), text);
+             (int)(show_share(session) * 100), text);
     size_t cut = columns > 1 ? (size_t)columns - 1 : 0;
     if (cut < strlen(line)) {
         while (cut && (line[cut] & 0xc0) == 0x80) /* not within a character of UTF-8 */
@@ -106,11 +164,11 @@ static void draw_bar(struct progress *progress, const Memferry__Control__Session
 
 static void print_line(struct progress *progress, const Memferry__Control__Session *session)
 {
-    char text[160];
+    char text[256];
     figures(progress, session, ", ", text, sizeof(text));
     fprintf(stderr, "%s: %s: %s", session->name, session->state, show_state(session));
     if (session->ram_bytes && session->sent_bytes)
-        fprintf(stderr, "; %d %%, %s", (int)(share(session) * 100), text);
+        fprintf(stderr, "; %d %%, %s", (int)(show_share(session) * 100), text);
     fputc('\n', stderr);
 }
 
@@ -121,8 +179,22 @@ void progress_show(struct progress *progress, const Memferry__Control__Session *
     uint64_t now_ns = mf_now_ns();
     rate_update(&progress->sent, session->sent_bytes, now_ns);
     rate_update(&progress->confirmed, session->confirmed_bytes, now_ns);
+    if (in_rounds(session)) {
+        uint32_t round_before = progress->forecast.round;
+        forecast_update(&progress->forecast, session->rounds, session->round_left_bytes);
+        if (progress->forecast.round != round_before)
+            progress->round = (struct rate){.at_ns = 0};
+        rate_update(&progress->round, progress->forecast.begun_bytes - session->round_left_bytes,
+                    now_ns);
+    }
     bool changed = strcmp(progress->state, session->state) != 0;
     snprintf(progress->state, sizeof(progress->state), "%s", session->state);
+    if (progress->mode[0] && strcmp(progress->mode, session->mode) != 0) {
+        progress_clear(progress);
+        fprintf(stderr, "%s: the migration is %s now instead of %s%s%s\n", session->name,
+                session->mode, progress->mode, session->reason[0] ? ": " : "", session->reason);
+    }
+    snprintf(progress->mode, sizeof(progress->mode), "%s", session->mode);
     if (changed && session->reason[0]) {
         progress_clear(progress);
         fprintf(stderr, "%s: %s: %s\n", session->name, session->state, session->reason);

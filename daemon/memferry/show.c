@@ -42,7 +42,7 @@ static json_t *session_json(const Session *s, const char *role, const char *stat
     const Memferry__Control__Faults *faults = s->faults ? s->faults : &none;
     return json_pack(
         "{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:f, s:f, s:f, s:f}, "
-        "s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "name", show_json_text(s->name), "id", show_json_text(s->id), "role", text_or_null(role),
         "state", text_or_null(state), "reason", show_json_text(s->reason), "ram_bytes",
         unsigned_json(s->ram_bytes), "blackout_us", unsigned_json(s->blackout_us), "total_us",
@@ -50,7 +50,12 @@ static json_t *session_json(const Session *s, const char *role, const char *stat
         unsigned_json(s->data_pages), "zero_pages", unsigned_json(s->zero_pages), "hole_pages",
         unsigned_json(s->hole_pages), "faults", "count", unsigned_json(faults->count), "p50_us",
         faults->p50_us, "p99_us", faults->p99_us, "p999_us", faults->p999_us, "max_us",
-        faults->max_us, "mover_restarts", unsigned_json(s->mover_restarts));
+        faults->max_us, "mover_restarts", unsigned_json(s->mover_restarts), "mode",
+        show_json_text(s->mode), "rounds", unsigned_json(s->rounds), "precopy_bytes",
+        unsigned_json(s->precopy_bytes), "postcopy_bytes", unsigned_json(s->postcopy_bytes),
+        "dirty_pages_at_switch", unsigned_json(s->dirty_pages_at_switch), "dirty_rate_pages_s",
+        unsigned_json(s->dirty_rate_pages_s), "unconfirmed_at_release",
+        unsigned_json(s->unconfirmed_at_release));
 }
 
 json_t *show_json_session(const Session *session)
@@ -119,12 +124,36 @@ const char *show_state(const Session *session)
     return session->state;
 }
 
-static unsigned percent(const Session *session)
+double show_share(const Session *session)
 {
+    uint64_t held_bytes = session->confirmed_bytes;
     if (!session->ram_bytes)
         return 0;
-    double share = (double)session->confirmed_bytes / (double)session->ram_bytes;
-    return share >= 1 ? 100 : (unsigned)(share * 100);
+    if (session->rounds && strcmp(session->state, "precopy") == 0)
+        held_bytes = session->ram_bytes > session->round_left_bytes
+                         ? session->ram_bytes - session->round_left_bytes
+                         : 0;
+    double share = (double)held_bytes / (double)session->ram_bytes;
+    return share > 1 ? 1 : share;
+}
+
+static unsigned percent(const Session *session)
+{
+    return (unsigned)(show_share(session) * 100);
+}
+
+/* What happened before and after RELEASE, where memory was sent ahead. */
+static void print_rounds(const Session *s)
+{
+    if (!s->rounds)
+        return;
+    printf("  %u %s sent %s while the guest ran here", s->rounds,
+           s->rounds == 1 ? "round" : "rounds", show_bytes(s->precopy_bytes).text);
+    if (strcmp(s->mode, "precopy") == 0 && !s->unconfirmed_at_release)
+        puts("; all of its memory was there before it changed hosts.");
+    else
+        printf(", %s followed it: it had written %s pages again.\n",
+               show_bytes(s->postcopy_bytes).text, show_count(s->dirty_pages_at_switch).text);
 }
 
 static void print_faults(const char *indent, const Memferry__Control__Faults *faults)
@@ -148,17 +177,36 @@ void show_status(const Session *s)
         printf("  other side      %s\n", s->peer);
     if (s->id[0])
         printf("  session         %s\n", s->id);
+    if (s->mode[0])
+        printf("  mode            %s\n", s->mode);
     if (s->ram_bytes)
         printf("  memory          %s, %u %% held by the destination\n",
                show_bytes(s->ram_bytes).text, percent(s));
+    if (s->rounds) {
+        printf("  rounds          %u", s->rounds);
+        if (strcmp(s->state, "precopy") == 0)
+            printf(", %s left of this one", show_bytes(s->round_left_bytes).text);
+        printf("; the guest writes %s pages a second\n", show_count(s->dirty_rate_pages_s).text);
+    }
+    if (s->released && s->rounds)
+        printf("  at RELEASE      %s pages not confirmed, %s of them written again\n",
+               show_count(s->unconfirmed_at_release).text,
+               show_count(s->dirty_pages_at_switch).text);
+    if (s->bandwidth_bits_s)
+        printf("  limit           %s\n", show_bits(s->bandwidth_bits_s).text);
     if (s->blackout_us)
         printf("  blackout        %s (how long the guest stood still)\n",
                show_us((double)s->blackout_us).text);
     if (s->total_us)
         printf("  time            %s\n", show_us((double)s->total_us).text);
     if (s->sent_bytes)
-        printf("  %s        %s\n", is_source(s) ? "sent    " : "received",
+        printf("  %s        %s", is_source(s) ? "sent    " : "received",
                show_bytes(s->sent_bytes).text);
+    if (s->sent_bytes && s->rounds)
+        printf(": %s before the guest changed hosts, %s after", show_bytes(s->precopy_bytes).text,
+               show_bytes(s->postcopy_bytes).text);
+    if (s->sent_bytes)
+        putchar('\n');
     if (s->data_pages || s->zero_pages || s->hole_pages)
         printf("  pages           %s with data, %s zero, %s never used\n",
                show_count(s->data_pages).text, show_count(s->zero_pages).text,
@@ -217,6 +265,7 @@ void show_summary(const Session *s, bool keep_source)
            show_bytes(s->ram_bytes).text, show_bytes(s->sent_bytes).text,
            show_count(s->data_pages).text, show_count(s->zero_pages).text,
            show_count(s->hole_pages).text);
+    print_rounds(s);
     print_faults("  ", s->faults);
     if (s->mover_restarts)
         printf("  memferry-mover was replaced %u times on the way; nothing was lost.\n",

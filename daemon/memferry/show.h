@@ -36,5 +36,9 @@ void show_table(Memferry__Control__Session *const *sessions, size_t count);
 /** show_summary() - what a migration that has succeeded did, to somebody who sees it first. */
 void show_summary(const Memferry__Control__Session *session, bool keep_source);
 
+/** show_share() - how much of the guest's memory the destination holds, 0 to 1: with precopy all
+ * but what the present round has still to send. */
+double show_share(const Memferry__Control__Session *session);
+
 /** show_state() - a state in words, as seen from the session's role. */
 const char *show_state(const Memferry__Control__Session *session);

@@ -24,8 +24,7 @@ const struct cli_verb cli_verbs[] = {
     {
         .word = "migrate",
         .summary = "move a running VM to another host (on the source)",
-        .usage =
-            "NAME --qmp PATH --to HOST[:PORT] [--json] [--detach] [--keep-source] [--streams N]",
+        .usage = "NAME --qmp PATH --to HOST[:PORT] [OPTION...]",
         .help = "Moves the guest of a running QEMU to the VM that 'memferry receive NAME'\n"
                 "has armed on HOST, shows how far it is, and ends once all memory is there.\n"
                 "Ctrl-C cancels as long as the guest can go on here; afterwards it leaves\n"
@@ -35,6 +34,24 @@ const struct cli_verb cli_verbs[] = {
                 "  --to HOST[:PORT]  where memferryd listens on the other host; an IPv6\n"
                 "                    address stands in brackets: [2001:db8::1]:7466.\n"
                 "                    The port is 7466 unless it is given\n"
+                "  --mode MODE       when memory is sent:\n"
+                "                    hybrid (default): once while the guest runs here, and\n"
+                "                    again as long as that pays; then the guest changes\n"
+                "                    hosts in a moment, and what it wrote meanwhile follows\n"
+                "                    postcopy: all of it follows the guest\n"
+                "                    precopy: all of it before the guest changes hosts\n"
+                "  --bandwidth RATE  send at most RATE bits per second, as in 500M or 2.5G\n"
+                "                    (k, M, G, T); what a waiting guest asks for is not\n"
+                "                    held back (default: none, no limit)\n"
+                "  --max-rounds N    send memory at most N times before the guest changes\n"
+                "                    hosts (default: 8 with hybrid, no limit with precopy)\n"
+                "  --switch-after SECONDS\n"
+                "                    have the guest change hosts after this time at the\n"
+                "                    latest (default: never by time)\n"
+                "  --max-blackout MS with precopy: how long the guest may stand still, in\n"
+                "                    milliseconds (default: 300)\n"
+                "  --fallback        with precopy: if the guest writes faster than can be\n"
+                "                    sent, become hybrid (default: say so and go on)\n"
                 "  --json            no progress; one JSON object on stdout at the end,\n"
                 "                    on failure too\n"
                 "  --detach          return as soon as the migration has started\n"
@@ -44,7 +61,9 @@ const struct cli_verb cli_verbs[] = {
                 "                    memferryd's setting)\n",
         .name = CLI_NAME_REQUIRED,
         .allowed = CLI_OPTION_QMP | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
-                   CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS,
+                   CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS | CLI_OPTION_MODE |
+                   CLI_OPTION_BANDWIDTH | CLI_OPTION_MAX_ROUNDS | CLI_OPTION_SWITCH_AFTER |
+                   CLI_OPTION_MAX_BLACKOUT | CLI_OPTION_FALLBACK,
         .required = CLI_OPTION_QMP | CLI_OPTION_TO,
         .run = verb_migrate,
     },
@@ -59,6 +78,29 @@ const struct cli_verb cli_verbs[] = {
         .name = CLI_NAME_OPTIONAL,
         .allowed = CLI_OPTION_JSON,
         .run = verb_status,
+    },
+    {
+        .word = "set",
+        .summary = "change the bandwidth of a migration while it runs (on the source)",
+        .usage = "NAME bandwidth=RATE",
+        .help = "Changes what a running migration may use, at once.\n"
+                "\n"
+                "  bandwidth=RATE  at most RATE bits per second, as in 500M or 2.5G (k, M, G,\n"
+                "                  T); 'none' lifts the limit\n",
+        .name = CLI_NAME_REQUIRED,
+        .settings = true,
+        .run = verb_set,
+    },
+    {
+        .word = "switch",
+        .summary = "have the guest change hosts now (on the source)",
+        .usage = "NAME",
+        .help = "Sends no further memory ahead: the guest changes hosts now, and what it has\n"
+                "not got there yet follows. A migration that waits for its memory to be sent\n"
+                "as a whole (--mode precopy) need not come to that by itself. Does nothing\n"
+                "once the guest has changed hosts.\n",
+        .name = CLI_NAME_REQUIRED,
+        .run = verb_switch,
     },
     {
         .word = "cancel",

@@ -16,6 +16,8 @@ int verb_status(const struct cli_args *args);
 int verb_cancel(const struct cli_args *args);
 int verb_check(const struct cli_args *args);
 int verb_forget(const struct cli_args *args);
+int verb_set(const struct cli_args *args);
+int verb_switch(const struct cli_args *args);
 
 /** verb_complain() - "memferry: SENTENCE" on stderr. Return: @code, so that verbs `return` it. */
 int verb_complain(int code, const char *sentence);

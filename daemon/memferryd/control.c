@@ -305,23 +305,44 @@ static void serve_status(struct client *client, const char *name)
     send_reply(client, &reply);
 }
 
-static void serve_forget(struct client *client, const char *name)
+/* Answers a verb that is carried out at once. @rc: what carrying it out came to. */
+static void send_done(struct client *client, int rc, const struct mf_error *err)
 {
-    struct control *control = client->control;
-    struct mf_error err = {.text = ""};
-    if (session_forget(control->daemon, name, &err) < 0) {
-        send_error(client, 1, err.text);
+    if (rc < 0) {
+        send_error(client, 1, err->text);
         return;
-    }
-    struct client *other;
-    LIST_FOREACH(other, &control->list, link)
-    {
-        if (other->follows && strcmp(other->name, name) == 0)
-            send_forgotten(other);
     }
     Memferry__Control__Reply reply = MEMFERRY__CONTROL__REPLY__INIT;
     reply.last = true;
     send_reply(client, &reply);
+}
+
+static void serve_forget(struct client *client, const char *name)
+{
+    struct control *control = client->control;
+    struct mf_error err = {.text = ""};
+    int rc = session_forget(control->daemon, name, &err);
+    struct client *other;
+    LIST_FOREACH(other, &control->list, link)
+    {
+        if (rc == 0 && other->follows && strcmp(other->name, name) == 0)
+            send_forgotten(other);
+    }
+    send_done(client, rc, &err);
+}
+
+static void serve_set(struct client *client, const Memferry__Control__SetRequest *set)
+{
+    struct mf_error err = {.text = ""};
+    int rc = session_set_bandwidth(client->control->daemon, set->name, set->bandwidth_bits_s, &err);
+    send_done(client, rc, &err);
+}
+
+static void serve_switch(struct client *client, const char *name)
+{
+    struct mf_error err = {.text = ""};
+    int rc = session_switch(client->control->daemon, name, &err);
+    send_done(client, rc, &err);
 }
 
 static void serve_watch(struct client *client, const char *name)
@@ -342,7 +363,13 @@ static void serve_migrate(struct client *client, const Memferry__Control__Migrat
                                       .host = migrate->host,
                                       .port = (uint16_t)migrate->port,
                                       .streams = migrate->streams,
-                                      .keep_source = migrate->keep_source};
+                                      .keep_source = migrate->keep_source,
+                                      .mode = mf_control_mode(migrate->mode),
+                                      .bandwidth_bits_s = migrate->bandwidth_bits_s,
+                                      .max_rounds = migrate->max_rounds,
+                                      .switch_after_s = migrate->switch_after_s,
+                                      .max_blackout_ms = migrate->max_blackout_ms,
+                                      .fallback = migrate->fallback};
     client->will_follow = !migrate->detach;
     session_migrate(client->control->daemon, &options, wait_for(client, migrate->name));
 }
@@ -372,6 +399,12 @@ static void serve(struct client *client, const Memferry__Control__Request *reque
         return;
     case MEMFERRY__CONTROL__REQUEST__VERB_WATCH:
         serve_watch(client, request->watch->name);
+        return;
+    case MEMFERRY__CONTROL__REQUEST__VERB_SET:
+        serve_set(client, request->set);
+        return;
+    case MEMFERRY__CONTROL__REQUEST__VERB_SWITCH_NOW:
+        serve_switch(client, request->switch_now->name);
         return;
     case MEMFERRY__CONTROL__REQUEST__VERB__NOT_SET:
     case _MEMFERRY__CONTROL__REQUEST__VERB__CASE_IS_INT_SIZE:

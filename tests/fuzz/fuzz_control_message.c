@@ -32,6 +32,16 @@ static void try_request(const uint8_t *body, size_t body_bytes)
         require(request->migrate->qmp_path[0] == '/');
         require(request->migrate->port <= UINT16_MAX);
         require(request->migrate->streams <= MF_CONTROL_STREAMS_MAX);
+        require(mf_control_mode(request->migrate->mode) != NULL);
+        require(request->migrate->max_rounds <= MF_CONTROL_ROUNDS_MAX);
+        require(request->migrate->switch_after_s <= MF_CONTROL_SWITCH_AFTER_MAX_S);
+        require(request->migrate->max_blackout_ms <= MF_CONTROL_BLACKOUT_MAX_MS);
+        require(request->migrate->bandwidth_bits_s <= MF_CONTROL_BANDWIDTH_MAX_BITS_S);
+        require(!request->migrate->fallback || strcmp(request->migrate->mode, "precopy") == 0);
+    }
+    if (request->verb_case == MEMFERRY__CONTROL__REQUEST__VERB_SET) {
+        require(mf_name_valid(request->set->name));
+        require(request->set->bandwidth_bits_s <= MF_CONTROL_BANDWIDTH_MAX_BITS_S);
     }
     cleanup_free uint8_t *frame = NULL;
     size_t frame_bytes = 0, again_bytes = 0;

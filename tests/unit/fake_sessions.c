@@ -45,6 +45,7 @@ static const struct script {
     {"ok", {CONNECTING, PRECOPY, SWITCHOVER, POSTCOPY, DRAINED, DONE}, 6, ""},
     {"fail", {CONNECTING, PRECOPY, FAILED}, 3, "vm: the link to fail:7466 broke; try again"},
     {"stay-precopy", {CONNECTING, PRECOPY}, 2, ""},
+    {"rounds", {CONNECTING, PRECOPY, PRECOPY, PRECOPY, PRECOPY, SWITCHOVER, POSTCOPY, DONE}, 8, ""},
     {"stay-postcopy", {CONNECTING, PRECOPY, SWITCHOVER, POSTCOPY}, 4, ""},
     {"recover",
      {CONNECTING, PRECOPY, SWITCHOVER, POSTCOPY, RECOVERING, POSTCOPY, DRAINED, DONE},
@@ -68,6 +69,10 @@ struct session {
     unsigned step;
     enum state state;
     bool was_released;
+    bool fell_back;
+    const char *mode;
+    uint64_t bandwidth_bits_s;
+    char asked[160]; /**< the options that have no field of their own, shown as the reason */
     uint64_t ticks;
     struct event *timer;
     TAILQ_ENTRY(session) link;
@@ -169,6 +174,8 @@ static void on_tick(evutil_socket_t fd, short what, void *arg)
     (void)what;
     struct session *session = arg;
     session->ticks++;
+    if (session->ticks == 4 && strcmp(session->name, "falls-back") == 0)
+        session->fell_back = true;
     if (session->step + 1 < session->script->count) {
         enter(session, session->script->states[++session->step]);
     } else {
@@ -215,6 +222,11 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
         struct session *session = make_session(daemon, options->name);
         session->script = &scripts[i];
         session->state = CONNECTING;
+        session->mode = options->mode;
+        session->bandwidth_bits_s = options->bandwidth_bits_s;
+        snprintf(session->asked, sizeof(session->asked),
+                 "rounds %u, after %u s, blackout %u ms, fallback %d", options->max_rounds,
+                 options->switch_after_s, options->max_blackout_ms, options->fallback);
         snprintf(session->peer, sizeof(session->peer), "%s:%u", options->host,
                  options->port ? options->port : MF_DEFAULT_PORT);
         struct timeval tick = {.tv_usec = 60000};
@@ -243,6 +255,33 @@ void session_cancel(struct daemon *daemon, const char *name, struct session_wait
         enter(session, CANCELLED);
         answer_later(daemon, waiter, session, 0, "");
     }
+}
+
+int session_set_bandwidth(struct daemon *daemon, const char *name, uint64_t bits_s,
+                          struct mf_error *err)
+{
+    struct session *session = session_find(daemon, name);
+    if (!session)
+        return mf_fail(err, ENOENT, "there is no session %s", name);
+    if (session_ended(session))
+        return mf_fail(err, EINVAL, "%s has ended", name);
+    session->bandwidth_bits_s = bits_s;
+    return 0;
+}
+
+/* Of a script that stays in precopy: goes on to the end. */
+int session_switch(struct daemon *daemon, const char *name, struct mf_error *err)
+{
+    struct session *session = session_find(daemon, name);
+    if (!session)
+        return mf_fail(err, ENOENT, "there is no session %s", name);
+    if (!session->script || session->state > POSTCOPY)
+        return mf_fail(err, EINVAL, "%s sends no memory ahead", name);
+    if (session->state < SWITCHOVER) {
+        session->script = &scripts[0];
+        session->step = 1;
+    }
+    return 0;
 }
 
 int session_forget(struct daemon *daemon, const char *name, struct mf_error *err)
@@ -310,6 +349,21 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
     out->guest_safe_at_source = !session->was_released;
     if (!session->script)
         return;
+    out->mode = (char *)(session->fell_back ? "hybrid" : session->mode);
+    out->bandwidth_bits_s = session->bandwidth_bits_s;
+    if (session->state == PRECOPY && strncmp(session->name, "asked-", 6) == 0)
+        out->reason = session->asked;
+    if (strcmp(out->mode, "postcopy") != 0 && session->state >= PRECOPY) {
+        out->rounds = session->ticks < 4 ? (uint32_t)session->ticks : 4;
+        out->round_left_bytes = RAM_BYTES >> 2 * out->rounds;
+        out->dirty_rate_pages_s = out->rounds > 1 ? 4120 : 0;
+    }
+    out->precopy_bytes = RAM_BYTES / 20;
+    if (session->was_released) {
+        out->postcopy_bytes = session->ticks * (RAM_BYTES / 20) - out->precopy_bytes;
+        out->dirty_pages_at_switch = 2345;
+        out->unconfirmed_at_release = 262144;
+    }
     out->ram_bytes = RAM_BYTES;
     out->total_us = session->ticks * 60000;
     out->sent_bytes = session->ticks * (RAM_BYTES / 20);

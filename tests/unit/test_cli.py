@@ -20,7 +20,9 @@ import unittest
 
 MEMFERRY, FAKE = (os.path.abspath(p) for p in sys.argv[1:3])
 FIELDS = ["name", "id", "role", "state", "reason", "ram_bytes", "blackout_us", "total_us", "sent_bytes",
-          "data_pages", "zero_pages", "hole_pages", "faults", "mover_restarts"]
+          "data_pages", "zero_pages", "hole_pages", "faults", "mover_restarts", "mode", "rounds",
+          "precopy_bytes", "postcopy_bytes", "dirty_pages_at_switch", "dirty_rate_pages_s",
+          "unconfirmed_at_release"]
 FAULTS = ["count", "p50_us", "p99_us", "p999_us", "max_us"]
 LIMIT_S = 30  # of any one command: nothing here takes a second
 
@@ -124,6 +126,68 @@ class Verbs(Case):
         value = self.json(*self.migrate("stay-precopy", "--detach"))
         self.assert_session(value)
         self.assertIn(value["state"], ("connecting", "precopy"))
+
+    def test_migrate_tells_of_rounds(self):
+        done = self.run_cli(*self.migrate("rounds"))
+        self.assertRegex(done.stderr, "vm: precopy: .*; [0-9]+ %, round 1, 256 MiB left")
+        self.assertIn("4 rounds sent 51 MiB while the guest ran here, ", done.stdout)
+        self.assertIn("followed it: it had written 2,345 pages again.", done.stdout)
+        value = self.json("status", "vm")
+        self.assertEqual((value["mode"], value["rounds"], value["dirty_pages_at_switch"]), ("hybrid", 4, 2345))
+        self.assertEqual((value["dirty_rate_pages_s"], value["unconfirmed_at_release"]), (4120, 262144))
+        self.assertEqual(value["precopy_bytes"] + value["postcopy_bytes"], value["sent_bytes"])
+        text = self.run_cli("status", "vm").stdout
+        self.assertIn("mode            hybrid", text)
+        self.assertIn("rounds          4; the guest writes 4,120 pages a second", text)
+        self.assertIn("262,144 pages not confirmed, 2,345 of them written again", text)
+        self.assertIn("before the guest changed hosts", text)
+
+    def test_migrate_postcopy_has_no_rounds(self):
+        done = self.run_cli(*self.migrate("ok", "--mode", "postcopy"))
+        self.assertNotIn("round", done.stdout + done.stderr)
+        value = self.json("status", "vm")
+        self.assertEqual((value["mode"], value["rounds"]), ("postcopy", 0))
+
+    def test_options_arrive(self):
+        for name, options, mode, asked in (
+                ("asked-plain", (), "hybrid", "rounds 0, after 0 s, blackout 0 ms, fallback 0"),
+                ("asked-hybrid", ("--mode=hybrid", "--max-rounds", "3", "--switch-after", "60"), "hybrid",
+                 "rounds 3, after 60 s, blackout 0 ms, fallback 0"),
+                ("asked-precopy", ("--max-blackout", "50", "--fallback", "--mode", "precopy"), "precopy",
+                 "rounds 0, after 0 s, blackout 50 ms, fallback 1")):
+            self.run_cli("migrate", name, "--qmp", "q", "--to", "stay-precopy", "--detach", *options)
+            self.wait_state(name, "precopy")
+            value = self.json("status", name)
+            self.assertEqual((value["mode"], value["reason"]), (mode, asked))
+
+    def test_fallback_is_told(self):
+        done = self.run_cli("migrate", "falls-back", "--qmp", "q", "--to", "rounds", "--mode", "precopy",
+                            "--fallback")
+        self.assertIn("falls-back: the migration is hybrid now instead of precopy", done.stderr)
+        self.assertEqual(self.json("status", "falls-back")["mode"], "hybrid")
+
+    def test_set_bandwidth(self):
+        self.run_cli(*self.migrate("stay-precopy", "--detach", "--bandwidth", "2.5G"))
+        self.assertIn("limit           2.5 Gbit/s", self.run_cli("status", "vm").stdout)
+        done = self.run_cli("set", "vm", "bandwidth=100M")
+        self.assertEqual(done.stdout, "vm: memory is sent at 100 Mbit/s at most.\n")
+        self.assertIn("limit           100 Mbit/s", self.run_cli("status", "vm").stdout)
+        for none in ("none", "0"):
+            self.assertIn("without a limit", self.run_cli("set", "vm", "bandwidth=" + none).stdout)
+            self.assertNotIn("limit", self.run_cli("status", "vm").stdout)
+        self.assertIn("no session nobody", self.run_cli("set", "nobody", "bandwidth=1M", code=1).stderr)
+        self.run_cli("cancel", "vm")
+        self.assertIn("has ended", self.run_cli("set", "vm", "bandwidth=1M", code=1).stderr)
+
+    def test_switch(self):
+        process = self.popen(*self.migrate("stay-precopy"))
+        self.wait_for_session("vm", "precopy")
+        self.assertIn("changes hosts now", self.run_cli("switch", "vm").stdout)
+        out, err = process.communicate(timeout=LIMIT_S)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertIn("Done:", out)
+        self.assertIn("no memory ahead", self.run_cli("switch", "vm", code=1).stderr)
+        self.assertIn("no session nobody", self.run_cli("switch", "nobody", code=1).stderr)
 
     def test_migrate_fails(self):
         done = self.run_cli(*self.migrate("fail"), code=1)
@@ -317,7 +381,7 @@ class Verbs(Case):
         self.stop_daemon()
         self.assertFalse(os.path.exists(os.path.join(self.runtime, "control.sock")))
         for args in (("status",), ("cancel", "vm"), ("forget", "vm"), ("receive", "vm", "--qmp", "q"),
-                     self.migrate("ok")):
+                     ("set", "vm", "bandwidth=none"), ("switch", "vm"), self.migrate("ok")):
             self.assertIn("cannot reach memferryd", self.run_cli(*args, code=3).stderr)
         self.assertEqual(self.json("status", code=3)["sessions"], [])
         value = self.json(*self.migrate("ok"), code=3)
@@ -377,6 +441,34 @@ class Usage(Case):
         (["migrate", "vm", "--qmp", "q", "--to", "h", "--streams", "18446744073709551617"], "from 1 to 16"),
         (["migrate", "vm", "--qmp", "q", "--to", "h", "--streams", "four"], "from 1 to 16"),
         (["migrate", "vm", "--qmp", "q", "--to", "h", "--detach=yes"], "takes no value"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--mode", "live"], "none of hybrid, postcopy and precopy"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--mode="], "none of hybrid"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--bandwidth", "fast"], "not a rate"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--bandwidth", "10"], "suffix"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--bandwidth", "0.1"], "suffix"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--bandwidth", "2000T"], "more than 1000T"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--bandwidth", "99999999999999999999"], "more than"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--max-rounds", "0"], "from 1 to 1000"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--switch-after", "1.5"], "of seconds from 1 to 604800"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--mode", "precopy", "--max-blackout", "-1"],
+         "of milliseconds from 1 to 60000"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--fallback"], "goes with --mode precopy only"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--fallback", "--mode", "postcopy"], "precopy only"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--max-blackout", "20"], "precopy only"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--mode", "postcopy", "--max-rounds", "2"],
+         "--max-rounds does not go with --mode postcopy"),
+        (["migrate", "vm", "--qmp", "q", "--to", "h", "--mode", "postcopy", "--switch-after", "2"],
+         "--switch-after does not go with --mode postcopy"),
+        (["set"], "needs the name"),
+        (["set", "vm"], "lacks what to set"),
+        (["set", "vm", "bandwidth"], "lacks its value"),
+        (["set", "vm", "bandwidth="], "not a rate"),
+        (["set", "vm", "bandwidth=10"], "suffix"),
+        (["set", "vm", "bandwidth=1M", "bandwidth=1M"], "given twice"),
+        (["set", "vm", "streams=2"], "bandwidth=RATE"),
+        (["set", "bandwidth=1M"], "not usable as a name"),
+        (["switch"], "needs the name"),
+        (["switch", "vm", "now"], "one name too many"),
     ]
 
     def test_mistakes(self):
@@ -400,7 +492,7 @@ class Usage(Case):
 
     def test_help(self):
         text = self.run_cli("--help").stdout
-        for verb in ("receive", "migrate", "status", "cancel", "check", "forget"):
+        for verb in ("receive", "migrate", "status", "set", "switch", "cancel", "check", "forget"):
             self.assertIn(verb, text)
             for word in ("--help", "-h"):
                 self.assertIn(f"usage: memferry [--runtime-dir DIR] {verb}", self.run_cli(verb, word).stdout)
@@ -458,6 +550,12 @@ class Terminal(Case):
         self.assertRegex(output, r"\rvm  postcopy    \[=*> *\]  +\d+ %  .* of 1\.0 GiB  .*/s  1,234 faults")
         self.assertIn("\r\x1b[KDone: vm runs on", output)
 
+    def test_rounds(self):
+        code, output = self.on_terminal(120, *self.migrate("rounds"))
+        self.assertEqual(code, 0, output)
+        self.assertRegex(output, r"\rvm  precopy     \[=*> *\] +75 %  round 1, 256 MiB left")
+        self.assertRegex(output, r"\rvm  precopy     \[=*> *\] +\d+ %  round [2-4], .* pages/s written")
+
     def test_narrow(self):
         for columns in (20, 60):
             _, output = self.on_terminal(columns, "migrate", f"vm{columns}", "--qmp", "q", "--to", "ok")
@@ -481,6 +579,10 @@ class Clients(Case):
                      self.frame(b"\x0a\x08\x0a\x02vm\x12\x02qq"),  # receive with a relative path
                      self.frame(b"\x12\x0b\x0a\x02vm\x12\x02/q\x1a\x00"),  # migrate without a host
                      self.frame(b"\x1a\x00") * 2,  # two requests
+                     self.frame(b"\x3a\x00"),  # set without a name
+                     self.frame(b"\x3a\x06\x0a\x02vm\x10\x01"),  # set a bandwidth of 1 bit/s
+                     self.frame(b"\x42\x00"),  # switch without a name
+                     self.frame(b"\x12\x0f\x0a\x02vm\x12\x02/q\x1a\x01b\x42\x02no"),  # an unknown mode
                      struct.pack("<I", (1 << 20) + 1)):
             peer = self.raw()
             peer.sendall(data)

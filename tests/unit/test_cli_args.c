@@ -5,12 +5,14 @@
 #include <stdint.h>
 
 #include <cmocka.h>
+#include <errno.h>
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "daemon/memferry/progress.h"
+#include "daemon/memferry/show.h"
 #include "daemon/memferry/units.h"
 #include "daemon/memferry/verbs.h"
 #include "lib/util.h"
@@ -51,6 +53,166 @@ static void test_defaults(void **state)
     assert_null(args.name);
     assert_int_equal(PARSE(&args, NULL, "status", "--", "vm"), 0);
     assert_string_equal(args.name, "vm");
+}
+
+static void test_rounds_of_migrate(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    assert_int_equal(PARSE(&args, NULL, "migrate", "vm1", "--qmp=q", "--to=b"), 0);
+    assert_string_equal(args.rounds.mode, "hybrid");
+    assert_true(!args.rounds.max_rounds && !args.rounds.switch_after_s &&
+                !args.rounds.max_blackout_ms && !args.rounds.fallback);
+    assert_true(args.bandwidth_bits_s == 0 && !args.bandwidth_given);
+
+    assert_int_equal(PARSE(&args, NULL, "migrate", "vm1", "--qmp=q", "--to=b", "--fallback",
+                           "--max-rounds=1000", "--switch-after", "604800", "--max-blackout",
+                           "60000", "--bandwidth=2.5G", "--mode", "precopy"),
+                     0);
+    assert_string_equal(args.rounds.mode, "precopy");
+    assert_int_equal(args.rounds.max_rounds, 1000);
+    assert_int_equal(args.rounds.switch_after_s, 604800);
+    assert_int_equal(args.rounds.max_blackout_ms, 60000);
+    assert_true(args.rounds.fallback);
+    assert_int_equal(args.bandwidth_bits_s, 2500000000);
+
+    assert_int_equal(PARSE(&args, NULL, "migrate", "vm1", "--qmp=q", "--to=b", "--mode=postcopy",
+                           "--bandwidth", "none"),
+                     0);
+    assert_string_equal(args.rounds.mode, "postcopy");
+    assert_true(args.bandwidth_bits_s == 0 && args.bandwidth_given);
+}
+
+static void test_set_and_switch(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    assert_int_equal(PARSE(&args, NULL, "set", "vm1", "bandwidth=64k"), 0);
+    assert_string_equal(args.verb->word, "set");
+    assert_string_equal(args.name, "vm1");
+    assert_int_equal(args.bandwidth_bits_s, 64000);
+    assert_int_equal(PARSE(&args, NULL, "set", "vm1", "bandwidth=0"), 0);
+    assert_int_equal(args.bandwidth_bits_s, 0);
+    assert_true(PARSE(&args, NULL, "set", "vm1") < 0);
+    assert_int_equal(PARSE(&args, NULL, "set", "--help"), 0);
+    assert_int_equal(PARSE(&args, NULL, "switch", "vm1"), 0);
+    assert_string_equal(args.name, "vm1");
+}
+
+static void test_rates(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *text;
+        uint64_t bits_s;
+    } good[] = {{"none", 0},
+                {"0", 0},
+                {"0.0", 0},
+                {"0M", 0},
+                {"0.1", 1},
+                {"1", 1},
+                {"1k", 1000},
+                {"1K", 1000},
+                {"100M", 100000000},
+                {"2.5G", 2500000000},
+                {"2.5g", 2500000000},
+                {"0.000001T", 1000000},
+                {"1.999999", 1},
+                {"1000T", 1000000000000000},
+                {"18446744073709551615", UINT64_MAX}};
+    for (size_t i = 0; i < sizeof(good) / sizeof(good[0]); i++) {
+        uint64_t bits_s = 7;
+        assert_int_equal(rate_parse(good[i].text, &bits_s), 0);
+        assert_int_equal(bits_s, good[i].bits_s);
+    }
+    static const struct {
+        const char *text;
+        int rc;
+    } bad[] = {{"", -EINVAL},
+               {"G", -EINVAL},
+               {".5G", -EINVAL},
+               {"1.G", -EINVAL},
+               {"1.2.3", -EINVAL},
+               {"1.0000001", -EINVAL},
+               {"-1M", -EINVAL},
+               {"+1M", -EINVAL},
+               {" 1M", -EINVAL},
+               {"1 M", -EINVAL},
+               {"1Mi", -EINVAL},
+               {"1P", -EINVAL},
+               {"1e9", -EINVAL},
+               {"NONE", -EINVAL},
+               {"18446744073709551616", -ERANGE},
+               {"18446744073709551615k", -ERANGE},
+               {"18446744.999999T", -ERANGE},
+               {"99999999999999999999x", -EINVAL}};
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        uint64_t bits_s = 7;
+        if (rate_parse(bad[i].text, &bits_s) != bad[i].rc)
+            fail_msg("'%s' was taken otherwise than expected", bad[i].text);
+        assert_int_equal(bits_s, 7);
+    }
+    assert_string_equal(show_bits(0).text, "0 bit/s");
+    assert_string_equal(show_bits(999).text, "999 bit/s");
+    assert_string_equal(show_bits(64000).text, "64 kbit/s");
+    assert_string_equal(show_bits(2500000000).text, "2.5 Gbit/s");
+    assert_string_equal(show_bits(999500000).text, "1.0 Gbit/s");
+    assert_string_equal(show_bits(UINT64_MAX).text, "18 Ebit/s");
+}
+
+static void test_forecast(void **state)
+{
+    (void)state;
+    struct forecast forecast = {0};
+    uint64_t bytes = 0;
+    forecast_update(&forecast, 1, 1000);
+    forecast_update(&forecast, 1, 400);
+    /* Nothing to compare with yet: the rest of the round. */
+    assert_true(forecast_bytes(&forecast, 400, false, &bytes));
+    assert_int_equal(bytes, 400);
+    /* Each round has half of the one before: 300 left, then 250 + 125 + ... */
+    forecast_update(&forecast, 2, 500);
+    assert_true(forecast_bytes(&forecast, 300, false, &bytes));
+    assert_int_equal(bytes, 800);
+    /* No less than before: an end only if the rest may follow. */
+    forecast_update(&forecast, 3, 500);
+    assert_false(forecast_bytes(&forecast, 500, false, &bytes));
+    assert_true(forecast_bytes(&forecast, 500, true, &bytes));
+    assert_int_equal(bytes, 1000);
+    /* A round that was not seen: no comparison. */
+    forecast_update(&forecast, 5, 100);
+    assert_true(forecast_bytes(&forecast, 100, false, &bytes));
+    assert_int_equal(bytes, 100);
+    /* An empty round, and one after it. */
+    forecast_update(&forecast, 6, 0);
+    assert_true(forecast_bytes(&forecast, 0, false, &bytes));
+    assert_int_equal(bytes, 0);
+    forecast_update(&forecast, 7, 100);
+    assert_true(forecast_bytes(&forecast, 100, false, &bytes));
+    assert_int_equal(bytes, 100);
+    /* It began anew. */
+    forecast_update(&forecast, 1, 5000);
+    assert_true(forecast_bytes(&forecast, 4000, false, &bytes));
+    assert_int_equal(bytes, 4000);
+}
+
+static void test_share(void **state)
+{
+    (void)state;
+    Memferry__Control__Session session = MEMFERRY__CONTROL__SESSION__INIT;
+    assert_true(show_share(&session) <= 0);
+    session.ram_bytes = 1000;
+    session.confirmed_bytes = 250;
+    session.state = (char *)"precopy";
+    assert_int_equal((int)(show_share(&session) * 100), 25);
+    session.rounds = 1;
+    session.round_left_bytes = 500;
+    assert_int_equal((int)(show_share(&session) * 100), 50);
+    session.round_left_bytes = 2000;
+    assert_true(show_share(&session) <= 0);
+    session.state = (char *)"postcopy";
+    session.confirmed_bytes = 2000;
+    assert_int_equal((int)(show_share(&session) * 100), 100);
 }
 
 static void test_help_wants_nothing_else(void **state)
@@ -161,6 +323,11 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_everything_of_migrate),
         cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_rounds_of_migrate),
+        cmocka_unit_test(test_set_and_switch),
+        cmocka_unit_test(test_rates),
+        cmocka_unit_test(test_forecast),
+        cmocka_unit_test(test_share),
         cmocka_unit_test(test_help_wants_nothing_else),
         cmocka_unit_test(test_json_is_known_before_and_after_a_mistake),
         cmocka_unit_test(test_verbs_require_what_they_allow),

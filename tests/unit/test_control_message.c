@@ -115,6 +115,79 @@ static void test_migrate_is_checked(void **state)
     assert_int_equal(migrate_through(&m, &err), -EINVAL);
 }
 
+static void test_rounds_are_checked(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *mode;
+        uint32_t max_rounds, switch_after_s, max_blackout_ms;
+        bool fallback;
+        int rc;
+    } cases[] = {
+        {"", 0, 0, 0, false, 0},
+        {"hybrid", MF_CONTROL_ROUNDS_MAX, MF_CONTROL_SWITCH_AFTER_MAX_S, 0, false, 0},
+        {"precopy", 1, 1, MF_CONTROL_BLACKOUT_MAX_MS, true, 0},
+        {"postcopy", 0, 0, 0, false, 0},
+        {"Hybrid", 0, 0, 0, false, -EINVAL},
+        {"hybrid ", 0, 0, 0, false, -EINVAL},
+        {"hybrid", MF_CONTROL_ROUNDS_MAX + 1, 0, 0, false, -EINVAL},
+        {"hybrid", 0, MF_CONTROL_SWITCH_AFTER_MAX_S + 1, 0, false, -EINVAL},
+        {"precopy", 0, 0, MF_CONTROL_BLACKOUT_MAX_MS + 1, false, -EINVAL},
+        {"", 0, 0, 1, false, -EINVAL},
+        {"", 0, 0, 0, true, -EINVAL},
+        {"hybrid", 0, 0, 0, true, -EINVAL},
+        {"postcopy", 1, 0, 0, false, -EINVAL},
+        {"postcopy", 0, 1, 0, false, -EINVAL},
+        {"postcopy", 0, 0, 1, false, -EINVAL},
+        {"postcopy", 0, 0, 0, true, -EINVAL},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct mf_error err = {.text = ""};
+        Memferry__Control__MigrateRequest m = good_migrate();
+        m.mode = (char *)cases[i].mode;
+        m.max_rounds = cases[i].max_rounds;
+        m.switch_after_s = cases[i].switch_after_s;
+        m.max_blackout_ms = cases[i].max_blackout_ms;
+        m.fallback = cases[i].fallback;
+        if (migrate_through(&m, &err) != cases[i].rc)
+            fail_msg("case %zu: %s", i, err.text);
+        assert_int_equal(err.text[0] != '\0', cases[i].rc != 0);
+    }
+    assert_string_equal(mf_control_mode(""), "hybrid");
+    assert_string_equal(mf_control_mode("precopy"), "precopy");
+    assert_null(mf_control_mode("pre"));
+}
+
+static void test_bandwidth_is_checked(void **state)
+{
+    (void)state;
+    static const struct {
+        uint64_t bits_s;
+        int rc;
+    } cases[] = {{0, 0},
+                 {1, -EINVAL},
+                 {MF_CONTROL_BANDWIDTH_MIN_BITS_S - 1, -EINVAL},
+                 {MF_CONTROL_BANDWIDTH_MIN_BITS_S, 0},
+                 {MF_CONTROL_BANDWIDTH_MAX_BITS_S, 0},
+                 {MF_CONTROL_BANDWIDTH_MAX_BITS_S + 1, -EINVAL},
+                 {UINT64_MAX, -EINVAL}};
+    struct mf_error err;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        Memferry__Control__MigrateRequest m = good_migrate();
+        m.bandwidth_bits_s = cases[i].bits_s;
+        assert_int_equal(migrate_through(&m, &err), cases[i].rc);
+        Memferry__Control__SetRequest set = MEMFERRY__CONTROL__SET_REQUEST__INIT;
+        set.name = (char *)"vm1";
+        set.bandwidth_bits_s = cases[i].bits_s;
+        Memferry__Control__Request request = MEMFERRY__CONTROL__REQUEST__INIT;
+        request.verb_case = MEMFERRY__CONTROL__REQUEST__VERB_SET;
+        request.set = &set;
+        assert_int_equal(through(&request, &err), cases[i].rc);
+        set.name = (char *)"";
+        assert_int_equal(through(&request, &err), -EINVAL);
+    }
+}
+
 static void test_names_of_every_verb(void **state)
 {
     (void)state;
@@ -130,7 +203,7 @@ static void test_names_of_every_verb(void **state)
 
     static const Memferry__Control__Request__VerbCase verbs[] = {
         MEMFERRY__CONTROL__REQUEST__VERB_CANCEL, MEMFERRY__CONTROL__REQUEST__VERB_FORGET,
-        MEMFERRY__CONTROL__REQUEST__VERB_WATCH};
+        MEMFERRY__CONTROL__REQUEST__VERB_WATCH, MEMFERRY__CONTROL__REQUEST__VERB_SWITCH_NOW};
     for (size_t i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++) {
         request.verb_case = verbs[i];
         request.cancel = &name; /* all of them are the same member of the union */
@@ -195,6 +268,8 @@ int main(void)
         cmocka_unit_test(test_whole_only_when_all_is_there),
         cmocka_unit_test(test_length_is_limited),
         cmocka_unit_test(test_migrate_is_checked),
+        cmocka_unit_test(test_rounds_are_checked),
+        cmocka_unit_test(test_bandwidth_is_checked),
         cmocka_unit_test(test_names_of_every_verb),
         cmocka_unit_test(test_not_a_request),
         cmocka_unit_test(test_endpoints),
