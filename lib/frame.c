@@ -189,9 +189,15 @@ int mf_frame_check(const struct mf_frame *frame, const struct mf_frame_region *r
         return wrong(why, "a frame of unknown type");
     if (request == to_destination)
         return wrong(why, "a frame in the wrong direction");
-    if (frame->type == MF_FRAME_CURRENT || frame->type == MF_FRAME_DISCARD)
+    if (frame->type == MF_FRAME_DISCARD)
         return wrong(why, "a frame of a type that the hello did not agree on");
-    if (frame->flags != 0 && !(frame->type == MF_FRAME_ZERO && frame->flags == MF_FRAME_FLAG_HOLE))
+    const uint8_t allowed[] = {
+        [MF_FRAME_DATA] = MF_FRAME_FLAG_ROUND,
+        [MF_FRAME_ZERO] = MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND,
+        [MF_FRAME_BARRIER] = MF_FRAME_FLAG_ROUND,
+        [MF_FRAME_REQUEST] = 0,
+    };
+    if (frame->flags & ~allowed[frame->type])
         return wrong(why, "a frame with unknown flags");
     if (frame->type == MF_FRAME_BARRIER) {
         if (frame->region != 0 || frame->pages != 0 || frame->length_bytes != 0)

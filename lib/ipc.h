@@ -23,14 +23,18 @@ enum mf_ipc_type {
     /* memferryd → mover */
     MF_IPC_SETUP = 1, /**< with the session file */
     MF_IPC_REGION,    /**< with the RAM file */
-    MF_IPC_CONTEXT,   /**< destination: with the userfaultfd */
-    MF_IPC_MAPPING,   /**< destination */
+    MF_IPC_CONTEXT,    /**< with the userfaultfd; a source has one only if writes are tracked */
+    MF_IPC_PAGEMAP,    /**< source, if writes are tracked: with /proc/PID/pagemap */
+    MF_IPC_MAPPING,    /**< of what the userfaultfd watches */
     MF_IPC_GO, /**< all is handed over; at the destination, empty the RAM files unless restarted */
     MF_IPC_LINK,
     MF_IPC_CONNECTION, /**< with a connected socket, preamble done */
     MF_IPC_DEVICE,     /**< with our end of the VMM's device stream */
     MF_IPC_PROCEED,    /**< destination: the answer to PEER_HELLO; text is a refusal or empty */
+    MF_IPC_ROUND,      /**< source: copy once more what was written since; ROUND_DONE follows */
+    MF_IPC_SETTINGS,   /**< source: the bandwidth limit */
     MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
+    MF_IPC_CONFIRM,    /**< source: sweep before RELEASE (mode precopy) */
     MF_IPC_SEND,       /**< send a phase change */
     MF_IPC_SEND_ABORT,
     MF_IPC_UNLINK,
@@ -42,6 +46,7 @@ enum mf_ipc_type {
     MF_IPC_PEER_PHASE,
     MF_IPC_PEER_DRAINED,  /**< source: with the destination's figures */
     MF_IPC_PEER_ABORT,    /**< text says why */
+    MF_IPC_ROUND_DONE,    /**< source: the round has landed at the destination */
     MF_IPC_CONFIRMED_ALL, /**< destination */
     MF_IPC_TYPES
 };
@@ -82,7 +87,12 @@ struct mf_ipc {
         struct {
             uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;
         } drained;
-        uint8_t cancelled;    /**< SEND_ABORT, PEER_ABORT */
+        struct {
+            uint64_t copied_pages, duration_ns;
+            uint32_t round;
+        } round;
+        uint64_t bandwidth_bits_s; /**< SETTINGS; 0: no limit */
+        uint8_t cancelled;         /**< SEND_ABORT, PEER_ABORT */
         uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
     char text[768]; /**< as long as an error's sentence */

@@ -108,6 +108,7 @@ unsigned mf_layout_ranges(const struct mf_layout *layout, uint32_t region, uint6
             if (found < max)
                 out[found] = (struct mf_range){.start_addr = m.start_addr + (from - m.offset_bytes),
                                                .length_bytes = to - from,
+                                               .offset_bytes = from,
                                                .context = m.context};
             found++;
         }

@@ -29,6 +29,7 @@ struct mf_layout {
 /** struct mf_range - a piece of a target's address space. */
 struct mf_range {
     uint64_t start_addr, length_bytes;
+    uint64_t offset_bytes; /**< in the region */
     uint32_t context;
 };
 

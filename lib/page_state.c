@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/page_state.h"
 
-#include <string.h>
 
 /* Eight states at a time where a run is long: a hole of terabytes must not take seconds. */
 static _Atomic uint64_t *word_at(const struct mf_pages *pages, uint64_t page)
@@ -44,6 +43,48 @@ uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page)
     return was;
 }
 
+uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bool landed)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+    while (!(was & MF_PAGE_DISCARD)) {
+        uint8_t next =
+            (uint8_t)((was & MF_PAGE_FAULTED) | (landed ? MF_PAGE_LANDED : 0) | MF_PAGE_UNCONFIRMED);
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                  memory_order_acq_rel, memory_order_relaxed))
+            break;
+    }
+    return was;
+}
+
+void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t copied)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed), next;
+    do
+        next = (uint8_t)((was & ~MF_PAGE_COPY_MASK) | copied);
+    while (!atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                  memory_order_relaxed, memory_order_relaxed));
+}
+
+uint64_t mf_page_run_of(const struct mf_pages *pages, uint8_t mask, uint64_t first, uint64_t end,
+                        uint8_t *bits)
+{
+    *bits = mf_page_load(pages, first) & mask;
+    const uint64_t eight = UINT64_C(0x0101010101010101) * *bits;
+    const uint64_t masks = UINT64_C(0x0101010101010101) * mask;
+    uint64_t page = first + 1;
+    while (page < end) {
+        if (page % 8 == 0 && end - page >= 8 &&
+            (atomic_load_explicit(word_at(pages, page), memory_order_acquire) & masks) == eight) {
+            page += 8;
+            continue;
+        }
+        if ((mf_page_load(pages, page) & mask) != *bits)
+            break;
+        page++;
+    }
+    return page - first;
+}
+
 uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed), next;
@@ -79,7 +120,10 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
     uint64_t changed = 0, page = first, end = first + count;
     while (page < end) {
         if (page % 8 == 0 && end - page >= 8) {
-            uint64_t untouched = 0; /* eight times UNCONFIRMED, nobody waiting */
+            /* Eight times UNCONFIRMED, nobody waiting, copied or landed before or not. */
+            const uint64_t copies = UINT64_C(0x0101010101010101) * MF_PAGE_COPY_MASK;
+            uint64_t untouched =
+                atomic_load_explicit(word_at(pages, page), memory_order_relaxed) & copies;
             if (atomic_compare_exchange_strong_explicit(word_at(pages, page), &untouched,
                                                         eight_confirmed, memory_order_acq_rel,
                                                         memory_order_relaxed)) {
@@ -117,8 +161,10 @@ uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, 
             continue;
         }
         missing++;
-        if (was != MF_PAGE_UNCONFIRMED)
-            atomic_store_explicit(&pages->state[page], MF_PAGE_UNCONFIRMED, memory_order_relaxed);
+        /* What precopy rounds brought is still there, and still unconfirmed. */
+        atomic_store_explicit(&pages->state[page],
+                              (uint8_t)(MF_PAGE_UNCONFIRMED | (was & MF_PAGE_COPY_MASK)),
+                              memory_order_relaxed);
     }
     return missing;
 }
@@ -149,5 +195,9 @@ uint64_t mf_page_next_run(const struct mf_pages *pages, enum mf_page_state state
 void mf_page_fill(const struct mf_pages *pages, uint64_t first, uint64_t count,
                   enum mf_page_state state)
 {
-    memset((void *)&pages->state[first], (int)state, count);
+    for (uint64_t page = first; page < first + count; page++) {
+        uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+        atomic_store_explicit(&pages->state[page], (uint8_t)((was & MF_PAGE_COPY_MASK) | state),
+                              memory_order_relaxed);
+    }
 }

@@ -119,21 +119,22 @@ int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
     return 0;
 }
 
-int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err)
+static int register_modes(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t modes,
+                          unsigned needed_ioctl, const char *needed, struct mf_error *err)
 {
     struct uffdio_register reg = {
         .range = {.start = start_addr, .len = length_bytes},
-        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+        .mode = modes,
     };
     if (ioctl(uffd, UFFDIO_REGISTER, &reg) == 0) {
-        /* Asked for both, a kernel that could not CONTINUE here would say so by leaving it out. */
-        if (reg.ioctls & ((__u64)1 << _UFFDIO_CONTINUE))
+        /* A kernel that could not do this here says so by leaving it out. */
+        if (reg.ioctls & ((__u64)1 << needed_ioctl))
             return 0;
         mf_uffd_unregister(uffd, start_addr, length_bytes);
-        return mf_fail(
-            err, EOPNOTSUPP,
-            "memory at %#llx (%llu MiB) can't be filled by UFFDIO_CONTINUE on this kernel",
-            (unsigned long long)start_addr, (unsigned long long)(length_bytes >> 20));
+        return mf_fail(err, EOPNOTSUPP,
+                       "memory at %#llx (%llu MiB) can't be %s on this kernel",
+                       (unsigned long long)start_addr, (unsigned long long)(length_bytes >> 20),
+                       needed);
     }
     int code = errno;
     const char *why = strerror(code);
@@ -153,6 +154,31 @@ int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struc
     }
     return mf_fail(err, code, "cannot watch memory at %#llx (%llu MiB) with userfaultfd: %s",
                    (unsigned long long)start_addr, (unsigned long long)(length_bytes >> 20), why);
+}
+
+int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err)
+{
+    return register_modes(uffd, start_addr, length_bytes,
+                          UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
+                          _UFFDIO_CONTINUE, "filled by UFFDIO_CONTINUE", err);
+}
+
+int mf_uffd_register_wp(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err)
+{
+    return register_modes(uffd, start_addr, length_bytes, UFFDIO_REGISTER_MODE_WP,
+                          _UFFDIO_WRITEPROTECT, "write-protected by userfaultfd", err);
+}
+
+int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
+{
+    struct uffdio_writeprotect arg = {.range = {.start = start_addr, .len = length_bytes},
+                                      .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    int rc;
+    /* EAGAIN: the address space is changing under it (mmap_changing). */
+    do
+        rc = ioctl(uffd, UFFDIO_WRITEPROTECT, &arg);
+    while (rc != 0 && errno == EAGAIN);
+    return rc == 0 ? 0 : -errno;
 }
 
 int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes)

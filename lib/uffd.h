@@ -48,6 +48,18 @@ int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
  * else's uffd). */
 int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
 
+/** Features of a source's userfaultfd, which watches for writes without stopping anybody. */
+#define MF_UFFD_FEATURES_WP                                                                        \
+    (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+
+/** mf_uffd_register_wp() - watch [@start_addr, +@length_bytes) for writes (needs WP_ASYNC). As
+ *  mf_uffd_register. */
+int mf_uffd_register_wp(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
+
+/** mf_uffd_protect() - write-protect a watched range: a page written from now on is "written" again.
+ *  Return: 0 or -errno (-ENOENT: a part is not watched, -ESRCH). */
+int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes);
+
 /** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and
  * after). Return: 0 or -errno; a range that is unmapped or a process that is gone is no error. */
 int mf_uffd_unregister(int uffd, uint64_t start_addr, uint64_t length_bytes);

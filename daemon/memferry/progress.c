@@ -172,6 +172,25 @@ static void print_line(struct progress *progress, const Memferry__Control__Sessi
     fputc('\n', stderr);
 }
 
+/* What must not scroll by unseen within a bar: a fallback, and a sentence that explains the state.
+ */
+static void tell_news(struct progress *progress, const Memferry__Control__Session *session)
+{
+    char reason[sizeof(progress->reason)];
+    snprintf(reason, sizeof(reason), "%s", session->reason);
+    bool new_reason = reason[0] && strcmp(progress->reason, reason) != 0;
+    bool new_mode = progress->mode[0] && strcmp(progress->mode, session->mode) != 0;
+    if (new_reason || new_mode)
+        progress_clear(progress);
+    if (new_mode)
+        fprintf(stderr, "%s: the migration is %s now instead of %s\n", session->name, session->mode,
+                progress->mode);
+    if (new_reason)
+        fprintf(stderr, "%s: %s: %s\n", session->name, session->state, session->reason);
+    snprintf(progress->mode, sizeof(progress->mode), "%s", session->mode);
+    memcpy(progress->reason, reason, sizeof(reason));
+}
+
 void progress_show(struct progress *progress, const Memferry__Control__Session *session)
 {
     if (!progress->wanted)
@@ -189,16 +208,7 @@ void progress_show(struct progress *progress, const Memferry__Control__Session *
     }
     bool changed = strcmp(progress->state, session->state) != 0;
     snprintf(progress->state, sizeof(progress->state), "%s", session->state);
-    if (progress->mode[0] && strcmp(progress->mode, session->mode) != 0) {
-        progress_clear(progress);
-        fprintf(stderr, "%s: the migration is %s now instead of %s%s%s\n", session->name,
-                session->mode, progress->mode, session->reason[0] ? ": " : "", session->reason);
-    }
-    snprintf(progress->mode, sizeof(progress->mode), "%s", session->mode);
-    if (changed && session->reason[0]) {
-        progress_clear(progress);
-        fprintf(stderr, "%s: %s: %s\n", session->name, session->state, session->reason);
-    }
+    tell_news(progress, session);
     if (progress->terminal) {
         draw_bar(progress, session);
     } else if (changed || now_ns - progress->printed_ns >= line_interval_ns) {

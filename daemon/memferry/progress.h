@@ -43,8 +43,9 @@ struct progress {
     bool terminal; /**< redraw one line */
     bool drawn;    /**< a bar is on the screen */
     uint64_t printed_ns;
-    char state[16]; /**< as printed last */
-    char mode[16];  /**< as seen last: a fallback changes it */
+    char state[16];   /**< as printed last */
+    char mode[16];    /**< as seen last: a fallback changes it */
+    char reason[256]; /**< as printed last */
     struct rate sent, confirmed, round;
     struct forecast forecast;
 };

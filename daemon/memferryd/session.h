@@ -19,6 +19,7 @@
 #include "daemon/memferryd/vmm.h"
 #include "lib/ipc.h"
 #include "lib/machine.h"
+#include "lib/rounds.h"
 #include "lib/session_file.h"
 #include "lib/target.h"
 #include "lib/util.h"
@@ -29,6 +30,7 @@ struct listener;
 
 /** struct figures - a copy of what the session file says, kept after it is gone. */
 struct figures {
+    uint64_t dirty_pages, round_left_pages;
     uint64_t wire_bytes, data_pages, zero_pages, hole_pages, missing_pages, faults_asked;
     struct mf_quantiles faults;
 };
@@ -68,7 +70,8 @@ struct session {
     struct mf_region_source region[MF_REGIONS_MAX];
     unsigned region_count;
     uint64_t ram_bytes, total_pages;
-    int uffd;        /**< destination: our duplicate */
+    int pagemap_fd;  /**< source: -1 if writes are not tracked */
+    int uffd;        /**< our duplicate; -1 at a source that does not track writes */
     int remote_uffd; /**< its number inside the target (I2), -1: none */
 
     /* The mover and the session file. */
@@ -80,6 +83,17 @@ struct session {
     uint64_t mover_started_ns;
     struct event *mover_timer;
     struct event *vm_timer; /**< a VM, here or there, was told something and has not done it */
+
+    /* Precopy, source. */
+    struct mf_rounds rounds;
+    unsigned round_begun;       /**< number of the last round that was begun */
+    bool round_running;
+    unsigned switch_after_s;
+    struct event *switch_timer;
+    uint64_t bandwidth_bits_s;
+    uint64_t precopy_bytes;          /**< wire_bytes at RELEASE */
+    uint64_t unconfirmed_at_release; /**< pages */
+    char mode_note[512];             /**< why the mode is not what was asked for */
 
     /* The link. */
     uint32_t link;  /**< number of the present or last one */
@@ -138,6 +152,8 @@ void session_send(struct session *session, uint32_t phase);
 /** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
  *  Return: 0 or -errno with the sentence of the refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
+/** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the reason. */
+int target_track(struct session *session, struct mf_error *err);
 /** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno.
  */
 int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
@@ -145,6 +161,8 @@ int target_mappings(struct session *session, struct mf_mapping *out, unsigned ma
 /** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a
  * sentence. */
 int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);
+/** target_stop_watching() - close the userfaultfd inside the target and here, and the pagemap. */
+void target_stop_watching(struct session *session);
 /** target_let_go() - close the userfaultfd inside the target and here, and the RAM files. */
 void target_let_go(struct session *session);
 

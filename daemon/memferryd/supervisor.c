@@ -202,16 +202,18 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     int mapping_count = 0, r;
-    if (session->role == MF_DESTINATION) {
+    if (session->uffd >= 0 && !session->target_exited) {
         /* As they are now: what a dead mover had read of changes went with it. */
         mapping_count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+        if (mapping_count < 0 && session->role == MF_SOURCE)
+            mapping_count = 0; /* the VM is going: everything counts as written */
         if (mapping_count < 0)
             return mapping_count;
     }
     struct mf_ipc setup = {.type = MF_IPC_SETUP,
                            .setup = {.role = session->role,
                                      .region_count = session->region_count,
-                                     .context_count = session->role == MF_DESTINATION,
+                                     .context_count = session->uffd >= 0,
                                      .mapping_count = (uint32_t)mapping_count,
                                      .restarted = session->mover_restarts > 0}};
     memcpy(setup.setup.session_id, session->id, sizeof(session->id));
@@ -226,8 +228,10 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         memcpy(region.region.name, from->name, sizeof(from->name));
         r = mf_ipc_send(sock, &region, from->fd);
     }
-    if (r == 0 && session->role == MF_DESTINATION)
+    if (r == 0 && session->uffd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
+    if (r == 0 && session->pagemap_fd >= 0)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
     for (int i = 0; r == 0 && i < mapping_count; i++)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPPING, .mapping = mappings[i]}, -1);
     if (r == 0)

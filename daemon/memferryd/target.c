@@ -18,6 +18,7 @@
 
 #include "lib/inject.h"
 #include "lib/log.h"
+#include "lib/pagemap.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
 
@@ -132,6 +133,38 @@ static int arm(struct session *session, struct mf_error *err)
     return r;
 }
 
+int target_track(struct session *session, struct mf_error *err)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+    if (count <= 0)
+        return count < 0 ? count : mf_fail(err, ENOENT, "the VM does not map its memory");
+    session->pagemap_fd = mf_pagemap_open((int)session->pid, err);
+    if (session->pagemap_fd < 0)
+        return session->pagemap_fd;
+    session->uffd =
+        mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
+    if (session->uffd < 0)
+        return session->uffd;
+    uint64_t enabled = 0;
+    int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP, 0, &enabled, err);
+    for (int i = 0; r == 0 && i < count; i++)
+        r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
+                                err);
+    /* Is PAGEMAP_SCAN there, and does it see that the memory is watched? */
+    uint8_t written = 0;
+    const uint64_t page_bytes = session->region[mappings[0].region].page_bytes;
+    if (r == 0) {
+        r = mf_pagemap_written(session->pagemap_fd, mappings[0].start_addr, page_bytes, page_bytes,
+                               &written);
+        if (r < 0)
+            r = mf_fail(err, -r, "this kernel can't say which pages were written "
+                                 "(PAGEMAP_SCAN, Linux 6.7): %s",
+                        strerror(-r));
+    }
+    return r;
+}
+
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
     cleanup_free struct mf_vma *vmas = NULL;
@@ -172,12 +205,9 @@ int target_room(struct session *session, uint64_t needed_bytes, struct mf_error 
                    (unsigned long long)(room >> 20));
 }
 
-void target_let_go(struct session *session)
+void target_stop_watching(struct session *session)
 {
     struct mf_error err;
-    if (session->pidfd_event)
-        event_free(session->pidfd_event);
-    session->pidfd_event = NULL;
     /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand;
      * closing the last descriptor would do it too. Either lets all waiters go on. */
     if (session->uffd >= 0) {
@@ -194,6 +224,17 @@ void target_let_go(struct session *session)
         mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the VM: %s", session->name,
                err.text);
     session->remote_uffd = -1;
+    if (session->pagemap_fd >= 0)
+        close(session->pagemap_fd);
+    session->pagemap_fd = -1;
+}
+
+void target_let_go(struct session *session)
+{
+    if (session->pidfd_event)
+        event_free(session->pidfd_event);
+    session->pidfd_event = NULL;
+    target_stop_watching(session);
     if (session->pidfd >= 0)
         close(session->pidfd);
     session->pidfd = -1;

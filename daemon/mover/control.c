@@ -118,6 +118,17 @@ void control_send_phase(struct mover *mover, uint32_t phase, uint64_t blackout_u
     control_send(mover, &message);
 }
 
+void control_send_round_landed(struct mover *mover, uint32_t round)
+{
+    Memferry__Peer__PhaseChange change = MEMFERRY__PEER__PHASE_CHANGE__INIT;
+    Memferry__Peer__Message message = MEMFERRY__PEER__MESSAGE__INIT;
+    change.phase = MEMFERRY__PEER__PHASE__PHASE_ROUND_LANDED;
+    change.round = round;
+    message.body_case = MEMFERRY__PEER__MESSAGE__BODY_PHASE;
+    message.phase = &change;
+    control_send(mover, &message);
+}
+
 void control_send_abort(struct mover *mover, const char *reason, bool cancelled)
 {
     Memferry__Peer__Abort abort_message = MEMFERRY__PEER__ABORT__INIT;
@@ -389,6 +400,11 @@ static void on_message(struct mover *mover, const Memferry__Peer__Message *messa
         on_missing(mover, message->missing);
         break;
     case MEMFERRY__PEER__MESSAGE__BODY_PHASE:
+        if (message->phase->phase == MEMFERRY__PEER__PHASE__PHASE_ROUND_LANDED) {
+            if (mover->role == MF_SOURCE)
+                sweep_round_landed(mover, message->phase->round);
+            break;
+        }
         tell.type = MF_IPC_PEER_PHASE;
         tell.phase = (uint32_t)message->phase->phase;
         tell.blackout_us = message->phase->blackout_us;

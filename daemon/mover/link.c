@@ -92,6 +92,7 @@ void link_start_threads(struct mover *mover)
     struct link *link = &mover->link;
     atomic_store(&link->stop, false);
     atomic_store(&link->barriers, 0);
+    atomic_store(&link->round_barriers, 0);
     if (mover->role == MF_DESTINATION) {
         faults_attach(mover, link->urgent_fd);
     } else {

@@ -75,8 +75,17 @@ static void take_order(struct mover *mover)
     case MF_IPC_PROCEED:
         control_proceed(mover, message.text);
         break;
+    case MF_IPC_ROUND:
+        sweep_round(mover);
+        break;
+    case MF_IPC_SETTINGS:
+        sweep_set_pace(mover, message.bandwidth_bits_s);
+        break;
     case MF_IPC_FROZEN:
         sweep_frozen(mover);
+        break;
+    case MF_IPC_CONFIRM:
+        sweep_release(mover);
         break;
     case MF_IPC_SEND:
         if (message.link_number != mover->link.number)
@@ -111,6 +120,17 @@ static void look_at_flags(struct mover *mover)
     if (atomic_load(&mover->confirmed_all) && !mover->confirmed_all_told) {
         mover->confirmed_all_told = true;
         mover_tell(mover, &(struct mf_ipc){.type = MF_IPC_CONFIRMED_ALL});
+    }
+}
+
+/* Every connection has brought the round's barrier: all of it lies in the RAM files. */
+static void acknowledge_round(struct mover *mover)
+{
+    struct link *link = &mover->link;
+    if (mover->role == MF_DESTINATION && link->up &&
+        atomic_load(&link->round_barriers) >= link->streams) {
+        atomic_store(&link->round_barriers, 0);
+        control_send_round_landed(mover, atomic_load(&link->round));
     }
 }
 
@@ -158,6 +178,7 @@ static void serve(struct mover *mover)
             look_at_flags(mover);
         else
             link_reap(mover);
+        acknowledge_round(mover);
         name_missing(mover);
         if (wait[0].revents)
             take_order(mover);
@@ -179,6 +200,7 @@ int main(int argc, char **argv)
     mover.ipc_fd = atoi(argv[1]);
     mover.link.control.fd = -1;
     mover.link.urgent_fd = -1;
+    mover.pagemap_fd = -1;
     tunnel_init(&mover.tunnel);
     pthread_mutex_init(&mover.link.reason_lock, NULL);
 

@@ -79,6 +79,8 @@ struct link {
     bool urgent_started;
     _Atomic bool stop;         /**< threads of this link end */
     _Atomic uint32_t barriers; /**< destination: BARRIERs of the present pass that arrived */
+    _Atomic uint32_t round_barriers; /**< the same of a precopy round */
+    _Atomic uint32_t round;    /**< destination: the round they belong to */
     _Atomic bool failed;
     pthread_mutex_t reason_lock; /**< guards reason; only taken when something fails */
     char reason[384];
@@ -93,8 +95,13 @@ struct sweep {
     _Atomic uint32_t urgent_busy; /**< a fault is being answered: bulk threads let it by */
     pthread_mutex_t lock;         /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
-    bool frozen; /**< the guest is paused: its RAM may be read */
-    bool released;
+    bool frozen;                    /**< the guest is paused: its RAM may be read */
+    bool released;                  /**< or told to confirm before RELEASE: the sweep may begin */
+    uint32_t round;                 /**< of precopy; 0: none yet */
+    bool in_round;                  /**< the present pass is a precopy round */
+    uint64_t round_began_ns;
+    _Atomic uint64_t pace_bits_s;   /**< limit of all bulk threads together; 0: none */
+    _Atomic uint64_t pace_next_ns;  /**< when the next batch may leave */
     uint32_t pass; /**< from 1; 0: not begun */
 };
 
@@ -114,6 +121,7 @@ struct mover {
     struct region region[MF_REGIONS_MAX];
     struct mf_frame_region frame_region[MF_REGIONS_MAX];
     int context_fd[MOVER_CONTEXTS_MAX];
+    int pagemap_fd; /**< source: -1 if writes are not tracked */
     struct mf_layout layout;
 
     struct mf_session_view view;
@@ -172,6 +180,7 @@ void control_send_hello(struct mover *mover);
 /** control_proceed() - destination: memferryd's answer to PEER_HELLO, "" or a refusal. */
 void control_proceed(struct mover *mover, const char *refusal);
 void control_send_phase(struct mover *mover, uint32_t phase, uint64_t blackout_us);
+void control_send_round_landed(struct mover *mover, uint32_t round);
 void control_send_abort(struct mover *mover, const char *reason, bool cancelled);
 /** control_send_missing() - destination: the list of pages that are not here. */
 void control_send_missing(struct mover *mover);
@@ -205,7 +214,13 @@ int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
 void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
 void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
-void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */
+void sweep_release(struct mover *mover); /**< RELEASE is out: sweep */
+void sweep_round(struct mover *mover);   /**< begin a precopy round */
+/** sweep_round_landed() - the destination has all of it. */
+void sweep_round_landed(struct mover *mover, uint32_t round);
+void sweep_set_pace(struct mover *mover, uint64_t bits_s); /**< 0: no limit */
+/** sweep_pace() - a bulk thread waits until it may send @bytes more. */
+void sweep_pace(struct mover *mover, uint64_t bytes);
 void *source_bulk_main(void *bulk_thread);
 void *source_urgent_main(void *mover);
 

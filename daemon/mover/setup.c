@@ -107,6 +107,9 @@ void mover_setup(struct mover *mover)
                 mover_fatal("memferryd handed over a userfaultfd too many");
             mover->context_fd[mover->context_count++] = fd;
             break;
+        case MF_IPC_PAGEMAP:
+            mover->pagemap_fd = fd;
+            break;
         case MF_IPC_MAPPING:
             if (mapping_count == MF_MAPPINGS_MAX || message.mapping.region >= mover->region_count ||
                 message.mapping.context >= mover->context_count)
@@ -135,6 +138,8 @@ all:
     take_over(mover, restarted);
     if (mover->role == MF_SOURCE && sweep_init(mover) < 0)
         mover_fatal("out of memory for the sweep of %s", mover->name);
+    if (mover->role == MF_SOURCE)
+        return;
     /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */
     for (unsigned i = 0; i < mapping_count; i++)
         mf_uffd_wake(mover->context_fd[mappings[i].context], mappings[i].start_addr,

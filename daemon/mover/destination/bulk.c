@@ -129,8 +129,15 @@ static int one_frame(struct bulk *b)
     case MF_FRAME_ZERO:
         land_zero(&b->resolver, &frame);
         break;
+    case MF_FRAME_CURRENT:
+        land_current(&b->resolver, &frame);
+        break;
     case MF_FRAME_BARRIER:
-        if (atomic_fetch_add(&mover->link.barriers, 1) + 1 == mover->link.streams)
+        if (frame.flags & MF_FRAME_FLAG_ROUND) {
+            atomic_store(&mover->link.round, (uint32_t)frame.first_page);
+            if (atomic_fetch_add(&mover->link.round_barriers, 1) + 1 == mover->link.streams)
+                mover_wake(mover);
+        } else if (atomic_fetch_add(&mover->link.barriers, 1) + 1 == mover->link.streams)
             mover_wake(mover);
         break;
     }

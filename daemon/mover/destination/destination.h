@@ -87,6 +87,9 @@ void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool
 /** land_zero() - a ZERO frame. */
 void land_zero(struct resolver *resolver, const struct mf_frame *frame);
 
+/** land_current() - a CURRENT frame: what lies here is right. */
+void land_current(struct resolver *resolver, const struct mf_frame *frame);
+
 /** land_count_missing() - @pages have become resolvable; tells the main thread at the last one. */
 void land_count_missing(struct mover *mover, uint64_t pages);
 

@@ -249,6 +249,8 @@ static void take_frames(struct fault_thread *t)
             r = land_data(&t->resolver, &t->frame, header + MF_FRAME_HEADER_BYTES);
         else if (t->frame.type == MF_FRAME_ZERO)
             land_zero(&t->resolver, &t->frame);
+        else if (t->frame.type == MF_FRAME_CURRENT)
+            land_current(&t->resolver, &t->frame);
         if (r < 0) {
             urgent_broken(t, strerror(-r));
             return;

@@ -84,7 +84,7 @@ static int store(const struct region *region, uint64_t first, uint64_t pages, co
 
 /* [first, first + pages): claimed by this call. */
 static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t first,
-                    uint64_t pages, const uint8_t *from)
+                    uint64_t pages, const uint8_t *from, bool round)
 {
     struct mover *mover = resolver->mover;
     const struct region *region = &mover->region[region_index];
@@ -97,6 +97,14 @@ static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t f
             if (mf_page_unclaim(states, page) & MF_PAGE_DISCARD)
                 finish_discard(resolver, region_index, page);
         return r;
+    }
+    if (round) {
+        /* The guest still runs at the source: what this is worth is said after RELEASE. */
+        for (uint64_t page = first; page < first + pages; page++)
+            if (mf_page_land_unconfirmed(states, page, true) & MF_PAGE_DISCARD)
+                finish_discard(resolver, region_index, page);
+        atomic_fetch_add_explicit(&mover->figures->data_pages, pages, memory_order_relaxed);
+        return 0;
     }
     /* Almost always nobody waits and nothing was discarded; then this is one ioctl for the run. */
     uint64_t waiting[16];
@@ -137,7 +145,8 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
             page++;
         if (page > first) {
             int r = land_run(resolver, frame->region, first, page - first,
-                             payload + (first - frame->first_page) * page_bytes);
+                             payload + (first - frame->first_page) * page_bytes,
+                             frame->flags & MF_FRAME_FLAG_ROUND);
             if (r < 0)
                 return r;
         } else {
@@ -167,14 +176,20 @@ void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool
 {
     struct mover *mover = resolver->mover;
     const struct mf_pages *states = &mover->view.pages[frame->region];
-    uint8_t was = arrived ? mf_page_confirm(states, frame->first_page)
-                          : mf_page_unclaim(states, frame->first_page);
+    const bool round = frame->flags & MF_FRAME_FLAG_ROUND;
+    uint8_t was = !arrived ? mf_page_unclaim(states, frame->first_page)
+                  : round  ? mf_page_land_unconfirmed(states, frame->first_page, true)
+                           : mf_page_confirm(states, frame->first_page);
     if (was & MF_PAGE_DISCARD) {
         finish_discard(resolver, frame->region, frame->first_page);
         return;
     }
     if (!arrived)
         return;
+    if (round) {
+        atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
+        return;
+    }
     resolve_run(resolver, frame->region, frame->first_page, 1);
     if (was & MF_PAGE_FAULTED)
         resolve_done(resolver, frame->region, frame->first_page);
@@ -194,15 +209,72 @@ static void zero_waiter(void *argument, uint64_t page)
     resolve_done(z->resolver, z->region, page);
 }
 
+/* Zeros over what a precopy round brought: the bytes must go first. */
+static uint64_t zero_landed(struct resolver *resolver, const struct mf_frame *frame, uint64_t first,
+                            uint64_t pages)
+{
+    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
+    const struct region *region = &resolver->mover->region[frame->region];
+    uint64_t confirmed = 0;
+    for (uint64_t page = first; page < first + pages; page++) {
+        if (!mf_page_claim(states, page))
+            continue;
+        punch(region, page);
+        uint8_t was = frame->flags & MF_FRAME_FLAG_ROUND
+                          ? mf_page_land_unconfirmed(states, page, false)
+                          : mf_page_confirm(states, page);
+        if (was & MF_PAGE_DISCARD) {
+            finish_discard(resolver, frame->region, page);
+            continue;
+        }
+        if (frame->flags & MF_FRAME_FLAG_ROUND)
+            continue;
+        confirmed++;
+        if (was & MF_PAGE_FAULTED) {
+            resolve_page(resolver, frame->region, page);
+            resolve_done(resolver, frame->region, page);
+        }
+    }
+    return confirmed;
+}
+
 void land_zero(struct resolver *resolver, const struct mf_frame *frame)
 {
     struct mover *mover = resolver->mover;
+    const struct mf_pages *states = &mover->view.pages[frame->region];
     struct zero_waiter z = {resolver, frame->region};
-    /* Nothing lies in the file under these pages: it was empty when the VM was armed. */
-    uint64_t pages = mf_page_confirm_empty(&mover->view.pages[frame->region], frame->first_page,
-                                           frame->pages, zero_waiter, &z);
+    const uint64_t end = frame->first_page + frame->pages;
+    uint64_t confirmed = 0;
+    for (uint64_t page = frame->first_page; page < end;) {
+        uint8_t landed = 0;
+        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED, page, end, &landed);
+        if (landed)
+            confirmed += zero_landed(resolver, frame, page, run);
+        else if (!(frame->flags & MF_FRAME_FLAG_ROUND))
+            /* Nothing lies in the file here: it was empty when the VM was armed. */
+            confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
+        page += run;
+    }
     atomic_fetch_add_explicit(frame->flags & MF_FRAME_FLAG_HOLE ? &mover->figures->hole_pages
                                                                 : &mover->figures->zero_pages,
-                              pages, memory_order_relaxed);
-    land_count_missing(mover, pages);
+                              confirmed, memory_order_relaxed);
+    land_count_missing(mover, confirmed);
+}
+
+void land_current(struct resolver *resolver, const struct mf_frame *frame)
+{
+    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
+    struct zero_waiter z = {resolver, frame->region};
+    const uint64_t end = frame->first_page + frame->pages;
+    uint64_t confirmed = 0;
+    for (uint64_t page = frame->first_page; page < end;) {
+        /* Where a round brought bytes they can be mapped at once; the rest is holes. */
+        uint8_t landed = 0;
+        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED, page, end, &landed);
+        confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
+        if (landed)
+            resolve_run(resolver, frame->region, page, run);
+        page += run;
+    }
+    land_count_missing(resolver->mover, confirmed);
 }

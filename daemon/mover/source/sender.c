@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "lib/pagemap.h"
+#include "lib/uffd.h"
 #include "lib/zero.h"
 
 #ifndef MADV_POPULATE_READ
@@ -17,6 +19,7 @@ void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ri
     sender->mover = mover;
     sender->ring = ring;
     sender->fd = fd;
+    sender->round = sender->paced = false;
     sender->frames = sender->iovecs = 0;
     sender->batch_bytes = 0;
 }
@@ -29,6 +32,8 @@ int sender_flush(struct sender *s)
     uint64_t bytes = s->batch_bytes;
     s->frames = s->iovecs = 0;
     s->batch_bytes = 0;
+    if (s->paced)
+        sweep_pace(s->mover, bytes);
     int r = ring_send_all(s->ring, s->fd, &msg);
     if (r == 0)
         atomic_fetch_add_explicit(&s->mover->figures->wire_bytes, bytes, memory_order_relaxed);
@@ -53,7 +58,11 @@ static int put_frame(struct sender *s, const struct mf_frame *frame, const uint8
 
 int sender_barrier(struct sender *s, uint32_t pass)
 {
-    return put_frame(s, &(struct mf_frame){.type = MF_FRAME_BARRIER, .first_page = pass}, NULL);
+    return put_frame(s,
+                     &(struct mf_frame){.type = MF_FRAME_BARRIER,
+                                        .flags = s->round ? MF_FRAME_FLAG_ROUND : 0,
+                                        .first_page = pass},
+                     NULL);
 }
 
 static void count(_Atomic uint64_t *figure, uint64_t pages)
@@ -61,38 +70,36 @@ static void count(_Atomic uint64_t *figure, uint64_t pages)
     atomic_fetch_add_explicit(figure, pages, memory_order_relaxed);
 }
 
-/* One frame for pages that need no bytes. How many of them are new decides the figures. */
-static int put_empty(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool hole,
-                     bool again)
-{
-    struct mover *mover = s->mover;
-    uint64_t fresh = mf_page_confirm_empty(&mover->view.pages[region], first, pages, NULL, NULL);
-    if (fresh == 0 && !again)
-        return 0;
-    count(hole ? &mover->figures->hole_pages : &mover->figures->zero_pages, fresh);
-    atomic_fetch_sub_explicit(&mover->figures->missing_pages, fresh, memory_order_relaxed);
-    return put_frame(s,
-                     &(struct mf_frame){.type = MF_FRAME_ZERO,
-                                        .flags = hole ? MF_FRAME_FLAG_HOLE : 0,
-                                        .region = (uint16_t)region,
-                                        .first_page = first,
-                                        .pages = pages},
-                     NULL);
-}
-
-static int put_data(struct sender *s, uint32_t region, uint64_t first, uint64_t pages,
-                    uint64_t fresh)
+static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uint32_t region,
+                   uint64_t first, uint64_t pages)
 {
     const struct region *r = &s->mover->region[region];
-    count(&s->mover->figures->data_pages, fresh);
-    atomic_fetch_sub_explicit(&s->mover->figures->missing_pages, fresh, memory_order_relaxed);
+    const bool data = type == MF_FRAME_DATA;
     return put_frame(s,
-                     &(struct mf_frame){.type = MF_FRAME_DATA,
+                     &(struct mf_frame){.type = (uint8_t)type,
+                                        .flags = flags,
                                         .region = (uint16_t)region,
                                         .first_page = first,
                                         .pages = pages,
-                                        .length_bytes = pages * r->page_bytes},
-                     r->map + first * r->page_bytes);
+                                        .length_bytes = data ? pages * r->page_bytes : 0},
+                     data ? r->map + first * r->page_bytes : NULL);
+}
+
+/* An answer for a run of pages, for good: RAM is frozen. How many of them are new decides the figures. */
+static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint32_t region,
+                      uint64_t first, uint64_t pages, bool again)
+{
+    struct mf_figures *figures = s->mover->figures;
+    uint64_t fresh =
+        mf_page_confirm_empty(&s->mover->view.pages[region], first, pages, NULL, NULL);
+    if (fresh == 0 && !again)
+        return 0;
+    if (type == MF_FRAME_DATA)
+        count(&figures->data_pages, fresh);
+    else if (type == MF_FRAME_ZERO)
+        count(hole ? &figures->hole_pages : &figures->zero_pages, fresh);
+    atomic_fetch_sub_explicit(&figures->missing_pages, fresh, memory_order_relaxed);
+    return put_run(s, type, hole ? MF_FRAME_FLAG_HOLE : 0, region, first, pages);
 }
 
 /*
@@ -112,52 +119,86 @@ static bool reads_as_zeros(struct sender *s, const struct region *r, uint64_t pa
     return true;
 }
 
-/* Pages that the file holds: zeros are found and not sent. */
+/*
+ * Which of [first, first + pages) were written since they were last protected, in any mapping. Where that
+ * can't be said (the VM is gone, a mapping is not watched any more) all count as written.
+ */
+static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mover *mover = s->mover;
+    const uint64_t page_bytes = mover->region[region].page_bytes;
+    struct mf_range ranges[16];
+    memset(s->written, 0, pages);
+    s->written_first = first;
+    unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
+                                      pages * page_bytes, ranges, 16);
+    int r = found > 16 || found == 0 ? -E2BIG : 0;
+    for (unsigned i = 0; r == 0 && i < found; i++)
+        r = mf_pagemap_written(mover->pagemap_fd, ranges[i].start_addr, ranges[i].length_bytes,
+                               page_bytes,
+                               s->written + (ranges[i].offset_bytes / page_bytes - first));
+    if (r < 0)
+        memset(s->written, 1, pages);
+}
+
+/*
+ * What is to be said of a page that the file holds.
+ *
+ * CURRENT: the destination holds a copy and the page was not written since it was protected. Its contents can
+ * have changed all the same, in one way: it was punched, which does not count as written, and read again,
+ * which made it a page of zeros. So a copy of bytes is current only while the page has bytes.
+ */
+static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t page)
+{
+    const struct region *r = &s->mover->region[region];
+    const uint8_t copied = mf_page_load(&s->mover->view.pages[region], page) & MF_PAGE_COPY_MASK;
+    const bool zero = reads_as_zeros(s, r, page);
+    if (copied && !s->written[page - s->written_first]) {
+        if (copied == (zero ? MF_PAGE_COPIED_ZERO : MF_PAGE_COPIED))
+            return MF_FRAME_CURRENT;
+    } else if (copied) {
+        count(&s->mover->figures->dirty_pages, 1);
+    }
+    return zero ? MF_FRAME_ZERO : MF_FRAME_DATA;
+}
+
+static uint64_t longest_run(const struct region *r)
+{
+    return r->page_bytes >= SENDER_BATCH_BYTES ? 1 : SENDER_BATCH_BYTES / r->page_bytes;
+}
+
+/* One call instead of a fault for every sixteenth page; a failure only means those faults. */
+static void populate(const struct region *r, uint64_t first, uint64_t end)
+{
+    if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
+        madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
+}
+
+/* Pages that the file holds: runs of the same answer. */
 static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint64_t end,
                          bool again)
 {
-    struct mover *mover = s->mover;
-    const struct region *r = &mover->region[region];
-    const struct mf_pages *states = &mover->view.pages[region];
-    const uint64_t most =
-        r->page_bytes >= SENDER_BATCH_BYTES ? 1 : SENDER_BATCH_BYTES / r->page_bytes;
-    /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
-    if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
-        madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
-    uint64_t page = first;
+    const struct region *r = &s->mover->region[region];
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    uint64_t page = first, run = first;
+    enum mf_frame_type type = MF_FRAME_DATA;
+    populate(r, first, end);
     while (page < end) {
-        uint64_t run = page, fresh = 0, zeros;
-        int result = 0;
-        /* The run of zeros that begins here … */
-        while (page < end &&
-               (again || mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_UNSENT) &&
-               reads_as_zeros(s, r, page))
-            page++;
-        zeros = page - run;
-        if (zeros > 0) {
-            result = put_empty(s, region, run, zeros, false, again);
+        const bool sent = mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_SENT;
+        const enum mf_frame_type next = sent && !again ? type : classify(s, region, page);
+        const bool full = type == MF_FRAME_DATA && page - run == longest_run(r);
+        if (page > run && (next != type || full || (sent && !again))) {
+            int result = put_answer(s, type, false, region, run, page - run, again);
             if (result < 0)
                 return result;
-            continue;
+            run = page;
         }
-        /* … or of pages with bytes. The page that ends the run is looked at again as the next. */
-        while (page < end && page - run < most) {
-            bool won = mf_page_confirm_empty(states, page, 1, NULL, NULL) == 1;
-            if (!won && !again)
-                break;
-            fresh += won;
-            page++;
-            if (page < end && reads_as_zeros(s, r, page))
-                break;
-        }
-        if (page > run)
-            result = put_data(s, region, run, page - run, fresh);
-        else
-            page++; /* sent already by somebody else */
-        if (result < 0)
-            return result;
+        type = next;
+        page++;
+        if (sent && !again)
+            run = page; /* somebody else has sent it */
     }
-    return 0;
+    return page > run ? put_answer(s, type, false, region, run, page - run, again) : 0;
 }
 
 /*
@@ -190,13 +231,114 @@ int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     const struct region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     uint64_t page = first;
+    if (s->mover->pagemap_fd >= 0)
+        look_for_writes(s, region, first, pages);
     while (page < end) {
         bool data = false;
         uint64_t until = end;
         int result = next_extent(r, page, end, &data, &until);
         if (result == 0)
             result = data ? offer_present(s, region, page, until, again)
-                          : put_empty(s, region, page, until - page, true, again);
+                          : put_answer(s, MF_FRAME_ZERO, true, region, page, until - page, again);
+        if (result < 0)
+            return result;
+        page = until;
+    }
+    return 0;
+}
+
+/* ---- precopy rounds ---- */
+
+static int protect(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mover *mover = s->mover;
+    const uint64_t page_bytes = mover->region[region].page_bytes;
+    struct mf_range ranges[16];
+    unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
+                                      pages * page_bytes, ranges, 16);
+    int r = found > 16 ? -E2BIG : 0;
+    for (unsigned i = 0; r == 0 && i < found; i++)
+        r = mf_uffd_protect(mover->context_fd[ranges[i].context], ranges[i].start_addr,
+                            ranges[i].length_bytes);
+    return r;
+}
+
+/* What the destination holds of these pages is not what they are: it shall have zeros there. */
+static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t pages,
+                     uint8_t copied_now)
+{
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    const uint64_t end = first + pages;
+    for (uint64_t page = first; page < end;) {
+        uint8_t copied = 0;
+        uint64_t run = mf_page_run_of(states, MF_PAGE_COPIED, page, end, &copied);
+        if (copied) {
+            int r = put_run(s, MF_FRAME_ZERO, MF_FRAME_FLAG_ROUND, region, page, run);
+            if (r < 0)
+                return r;
+        }
+        for (uint64_t i = page; i < page + run; i++)
+            mf_page_set_copied(states, i, copied_now);
+        page += run;
+    }
+    return 0;
+}
+
+/* A run that the file holds and that was written: protected first, so that what is written from now on shows, then
+ * read. The bytes themselves are read when the batch is sent, which is later still. */
+static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t end)
+{
+    const struct region *r = &s->mover->region[region];
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    if (protect(s, region, first, end - first) < 0)
+        return take_back(s, region, first, end - first, 0); /* can't be followed: sent after RELEASE */
+    populate(r, first, end);
+    count(&s->mover->figures->round_pages, end - first);
+    for (uint64_t page = first; page < end;) {
+        uint64_t run = page;
+        int result;
+        while (page < end && reads_as_zeros(s, r, page))
+            page++;
+        if (page > run) {
+            result = take_back(s, region, run, page - run, MF_PAGE_COPIED_ZERO);
+        } else {
+            do
+                mf_page_set_copied(states, page++, MF_PAGE_COPIED);
+            while (page < end && page - run < longest_run(r) && !reads_as_zeros(s, r, page));
+            count(&s->mover->figures->data_pages, page - run);
+            result = put_run(s, MF_FRAME_DATA, MF_FRAME_FLAG_ROUND, region, run, page - run);
+        }
+        if (result < 0)
+            return result;
+    }
+    return 0;
+}
+
+int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool all)
+{
+    const struct region *r = &s->mover->region[region];
+    const uint64_t end = first + pages;
+    if (all)
+        memset(s->written, 1, pages);
+    else
+        look_for_writes(s, region, first, pages);
+    if (!all && !memchr(s->written, 1, pages))
+        return 0;
+    for (uint64_t page = first; page < end;) {
+        bool data = false;
+        uint64_t until = end;
+        int result = next_extent(r, page, end, &data, &until);
+        if (result == 0 && !data)
+            result = take_back(s, region, page, until - page, 0);
+        for (uint64_t at = page; result == 0 && data && at < until;) {
+            uint64_t run = at;
+            while (at < until && s->written[at - first])
+                at++;
+            if (at > run)
+                result = copy_run(s, region, run, at);
+            else
+                at++;
+        }
         if (result < 0)
             return result;
         page = until;

@@ -63,13 +63,19 @@ int sweep_missing(struct mover *mover, uint32_t region, uint64_t first, uint64_t
     return 0;
 }
 
+/* Behind what all threads have finished: the next pass can begin as soon as something lets it. */
+static void prepare_pass(struct sweep *sweep)
+{
+    for (uint64_t i = 0; i < sweep->chunk_count; i++)
+        atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
+    sweep->pass++;
+}
+
 void sweep_next_pass(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
     pthread_mutex_lock(&sweep->lock);
-    for (uint64_t i = 0; i < sweep->chunk_count; i++)
-        atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
-    sweep->pass++;
+    prepare_pass(sweep);
     if (mover->released)
         sweep->frozen = sweep->released = true;
     pthread_cond_broadcast(&sweep->changed);
@@ -105,12 +111,75 @@ void sweep_release(struct mover *mover)
     pthread_mutex_unlock(&sweep->lock);
 }
 
+void sweep_round(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    uint64_t pages = 0;
+    for (unsigned i = 0; i < mover->region_count; i++)
+        pages += mover->region[i].pages;
+    atomic_store(&mover->figures->round_pages, 0);
+    atomic_store(&mover->figures->round_left_pages, pages);
+    pthread_mutex_lock(&sweep->lock);
+    sweep->round++;
+    sweep->in_round = true;
+    sweep->round_began_ns = mf_now_ns();
+    pthread_cond_broadcast(&sweep->changed);
+    pthread_mutex_unlock(&sweep->lock);
+}
+
+void sweep_round_landed(struct mover *mover, uint32_t round)
+{
+    struct sweep *sweep = &mover->sweep;
+    struct mf_ipc done = {.type = MF_IPC_ROUND_DONE};
+    pthread_mutex_lock(&sweep->lock);
+    bool ours = sweep->in_round && sweep->round == round;
+    if (ours) {
+        sweep->in_round = false;
+        prepare_pass(sweep);
+        done.round.round = round;
+        done.round.copied_pages = atomic_load(&mover->figures->round_pages);
+        done.round.duration_ns = mf_now_ns() - sweep->round_began_ns;
+    }
+    pthread_mutex_unlock(&sweep->lock);
+    if (ours)
+        mover_tell(mover, &done);
+}
+
+void sweep_set_pace(struct mover *mover, uint64_t bits_s)
+{
+    atomic_store(&mover->sweep.pace_bits_s, bits_s);
+}
+
+/* The bulk threads share one row of sending times: a batch takes its place in it and waits for it. */
+void sweep_pace(struct mover *mover, uint64_t bytes)
+{
+    struct sweep *sweep = &mover->sweep;
+    uint64_t bits_s = atomic_load_explicit(&sweep->pace_bits_s, memory_order_relaxed);
+    if (bits_s == 0)
+        return;
+    const uint64_t takes_ns = (uint64_t)((double)bytes * 8e9 / (double)bits_s);
+    uint64_t next = atomic_load(&sweep->pace_next_ns), start_ns, now_ns = mf_now_ns();
+    do
+        start_ns = next > now_ns ? next : now_ns;
+    while (!atomic_compare_exchange_weak(&sweep->pace_next_ns, &next, start_ns + takes_ns));
+    /* In short sleeps: a lifted limit or the link's end is not waited out. */
+    while ((now_ns = mf_now_ns()) < start_ns && !atomic_load(&mover->link.stop) &&
+           atomic_load(&sweep->pace_bits_s) == bits_s) {
+        uint64_t wait_ns = start_ns - now_ns;
+        nanosleep(&(struct timespec){.tv_nsec = (long)(wait_ns < 20000000 ? wait_ns : 20000000)},
+                  NULL);
+    }
+    if (atomic_load(&sweep->pace_bits_s) != bits_s)
+        atomic_store(&sweep->pace_next_ns, 0);
+}
+
 /* Wait for RELEASE and a pass after @done. Return: its number, 0 when the link ends. */
 static uint32_t wait_for_pass(struct mover *mover, uint32_t done)
 {
     struct sweep *sweep = &mover->sweep;
     pthread_mutex_lock(&sweep->lock);
-    while (!atomic_load(&mover->link.stop) && (!sweep->released || sweep->pass == done))
+    while (!atomic_load(&mover->link.stop) &&
+           (!(sweep->released || sweep->in_round) || sweep->pass == done))
         pthread_cond_wait(&sweep->changed, &sweep->lock);
     uint32_t pass = atomic_load(&mover->link.stop) ? 0 : sweep->pass;
     pthread_mutex_unlock(&sweep->lock);
@@ -140,7 +209,7 @@ static void let_urgent_by(struct sweep *sweep)
         nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 }
 
-static int send_chunk(struct sender *sender, uint64_t chunk)
+static int send_chunk(struct sender *sender, uint64_t chunk, uint32_t round)
 {
     struct mover *mover = sender->mover;
     const struct sweep *sweep = &mover->sweep;
@@ -152,6 +221,10 @@ static int send_chunk(struct sender *sender, uint64_t chunk)
     uint64_t pages = chunk_pages(r);
     if (pages > r->pages - first)
         pages = r->pages - first;
+    if (round) {
+        atomic_fetch_sub_explicit(&mover->figures->round_left_pages, pages, memory_order_relaxed);
+        return sender_round(sender, region, first, pages, round == 1);
+    }
     /* On a later link little may be missing: only that is looked at. */
     const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
     uint64_t at = first, run;
@@ -169,17 +242,22 @@ static int one_pass(struct sender *sender, uint32_t pass)
     struct mover *mover = sender->mover;
     struct sweep *sweep = &mover->sweep;
     uint64_t pivot = UINT64_MAX, chunk = 0;
+    /* Stays as it is for the whole pass: it changes only when all threads are through. */
+    pthread_mutex_lock(&sweep->lock);
+    const uint32_t round = sweep->in_round ? sweep->round : 0;
+    pthread_mutex_unlock(&sweep->lock);
+    sender->round = round != 0;
     while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
         uint64_t now = atomic_load_explicit(&sweep->pivot, memory_order_relaxed);
         if (!take_chunk(sweep, now == pivot ? chunk : now, &chunk))
             break;
         pivot = now;
         let_urgent_by(sweep);
-        int r = send_chunk(sender, chunk);
+        int r = send_chunk(sender, chunk, round);
         if (r < 0)
             return r;
     }
-    int r = sender_barrier(sender, pass);
+    int r = sender_barrier(sender, round ? round : pass);
     return r < 0 ? r : sender_flush(sender);
 }
 
@@ -195,6 +273,7 @@ void *source_bulk_main(void *argument)
     if (r < 0 || !sender)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     sender_init(sender, mover, &ring, bulk->fd);
+    sender->paced = true;
     uint32_t pass = 0;
     while (r == 0 && (pass = wait_for_pass(mover, pass)) != 0)
         r = one_pass(sender, pass);

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/pagemap.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "lib/uapi.h"
+
+#define REGIONS_A_CALL 128u
+
+int mf_pagemap_open(int pid, struct mf_error *err)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return mf_fail(err, errno, "cannot open %s: %s", path, strerror(errno));
+    return fd;
+}
+
+int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                       uint64_t page_bytes, uint8_t *written)
+{
+    struct page_region found[REGIONS_A_CALL];
+    const uint64_t end = start_addr + length_bytes;
+    uint64_t at = start_addr;
+    while (at < end) {
+        struct pm_scan_arg scan = {
+            .size = sizeof(scan),
+            .flags = PM_SCAN_CHECK_WPASYNC,
+            .start = at,
+            .end = end,
+            .vec = (uint64_t)(uintptr_t)found,
+            .vec_len = REGIONS_A_CALL,
+            .category_mask = PAGE_IS_WRITTEN,
+            .return_mask = PAGE_IS_WRITTEN,
+        };
+        long count = ioctl(pagemap_fd, PAGEMAP_SCAN, &scan);
+        if (count < 0)
+            return -errno;
+        for (long i = 0; i < count; i++) {
+            /* On huge pages a region may begin and end within one. */
+            uint64_t first = (found[i].start - start_addr) / page_bytes;
+            uint64_t last = (found[i].end - 1 - start_addr) / page_bytes;
+            memset(written + first, 1, last - first + 1);
+        }
+        if (scan.walk_end <= at)
+            break;
+        at = scan.walk_end;
+    }
+    return 0;
+}

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Which pages of a target were written since they were last write-protected: PAGEMAP_SCAN (Linux 6.7,
+ * Documentation/admin-guide/mm/pagemap.rst) over mappings that a userfaultfd with WP_ASYNC watches.
+ *
+ * What it does not see is in doc/kernel.md: writes through other mappings and processes, I/O into pages that
+ * were pinned before, and that a punched page now reads as zeros.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lib/error.h"
+
+/** mf_pagemap_open() - /proc/PID/pagemap for scanning. Return: a descriptor (the caller's) or -errno. */
+int mf_pagemap_open(int pid, struct mf_error *err);
+
+/**
+ * mf_pagemap_written() - mark the written pages of [@start_addr, +@length_bytes).
+ * @page_bytes: of the region.
+ * @written:    one byte a page, set to 1 where written and left alone elsewhere.
+ * An address that is not watched is an error, never "not written".
+ * Return: 0 or -errno (-ESRCH: the process is gone; -EPERM: a part is not watched). Thread-safe.
+ */
+int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                       uint64_t page_bytes, uint8_t *written);

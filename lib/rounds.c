@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/rounds.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+static const char *const names[] = {
+    [MF_HYBRID] = "hybrid",
+    [MF_POSTCOPY] = "postcopy",
+    [MF_PRECOPY] = "precopy",
+};
+
+const char *mf_mode_name(enum mf_mode mode)
+{
+    return names[mode];
+}
+
+int mf_mode_of(const char *name, enum mf_mode *mode)
+{
+    if (!name || !name[0]) {
+        *mode = MF_HYBRID;
+        return 0;
+    }
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+        if (strcmp(name, names[i]) == 0) {
+            *mode = (enum mf_mode)i;
+            return 0;
+        }
+    return -EINVAL;
+}
+
+uint64_t mf_rounds_dirty_rate(const struct mf_rounds *r)
+{
+    if (r->round < 2 || r->before_ns == 0)
+        return 0;
+    return (uint64_t)((double)r->pages * 1e9 / (double)r->before_ns);
+}
+
+uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
+{
+    if (r->round < 2)
+        return 0;
+    if (r->pages == 0)
+        return 1;
+    double dirty_pages = (double)mf_rounds_dirty_rate(r) * (double)r->duration_ns / 1e9;
+    double ns_a_page = (double)r->duration_ns / (double)r->pages;
+    return (uint64_t)(dirty_pages * ns_a_page) + 1;
+}
+
+static enum mf_rounds_next decide(const struct mf_rounds *r)
+{
+    if (r->switch_now)
+        return MF_ROUNDS_SWITCH;
+    if (r->mode == MF_PRECOPY) {
+        uint64_t blackout_ns = mf_rounds_expected_blackout_ns(r);
+        if (blackout_ns && (blackout_ns <= r->max_blackout_ns || r->pages < MF_ROUNDS_FEW_PAGES))
+            return MF_ROUNDS_SWITCH;
+        if (r->max_rounds && r->round >= r->max_rounds)
+            return r->fallback ? MF_ROUNDS_FALL_BACK : MF_ROUNDS_AGAIN;
+        /* Not clearly less than before, several times over: it will not converge. */
+        if (r->fallback && r->round >= MF_ROUNDS_HYBRID && r->pages * 10 >= r->before_pages * 7)
+            return MF_ROUNDS_FALL_BACK;
+        return MF_ROUNDS_AGAIN;
+    }
+    if (r->round >= (r->max_rounds ? r->max_rounds : MF_ROUNDS_HYBRID))
+        return MF_ROUNDS_SWITCH;
+    if (r->round == 1)
+        return MF_ROUNDS_AGAIN;
+    if (r->pages < MF_ROUNDS_FEW_PAGES || r->pages * 10 >= r->before_pages * 7)
+        return MF_ROUNDS_SWITCH;
+    return MF_ROUNDS_AGAIN;
+}
+
+enum mf_rounds_next mf_rounds_done(struct mf_rounds *r, unsigned round, uint64_t pages,
+                                   uint64_t duration_ns)
+{
+    r->before_pages = r->pages;
+    r->before_ns = r->duration_ns;
+    r->round = round;
+    r->pages = pages;
+    r->duration_ns = duration_ns ? duration_ns : 1;
+    return decide(r);
+}
