@@ -211,7 +211,10 @@ void show_status(const Session *s)
         printf("  pages           %s with data, %s zero, %s never used\n",
                show_count(s->data_pages).text, show_count(s->zero_pages).text,
                show_count(s->hole_pages).text);
-    if (s->faults && s->faults->count)
+    /* The source counts while pages move and is told the latencies at the end. */
+    if (s->faults && s->faults->count && s->faults->max_us <= 0)
+        printf("  faults          %s so far\n", show_count(s->faults->count).text);
+    else if (s->faults && s->faults->count)
         printf("  faults          %s: median %s, 99 %% %s, 99.9 %% %s, longest %s\n",
                show_count(s->faults->count).text, show_us(s->faults->p50_us).text,
                show_us(s->faults->p99_us).text, show_us(s->faults->p999_us).text,

@@ -41,8 +41,8 @@ struct connector {
     struct daemon *daemon;
     struct evdns_getaddrinfo_request *resolving;
     struct event *timeout;
-    struct sockaddr_storage address;
-    socklen_t address_length;
+    struct evutil_addrinfo *addresses;     /**< owned; all that the host's name stands for */
+    const struct evutil_addrinfo *address; /**< the one that is tried */
     char name[MF_NAME_MAX + 1], host[256], peer[300];
     uint16_t port;
     uint8_t id[MF_SESSION_ID_BYTES];
@@ -86,6 +86,8 @@ static void drop_connections(struct connector *c)
 static void destroy(struct connector *c)
 {
     drop_connections(c);
+    if (c->addresses)
+        evutil_freeaddrinfo(c->addresses);
     if (c->timeout)
         event_free(c->timeout);
     free(c);
@@ -166,10 +168,16 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
              MF_WIRE_OLDEST_VERSION);
         return;
     case MF_PREAMBLE_UNKNOWN_NAME:
-        fail(c,
-             "nothing waits for %s at %s; start the VM there with -S -incoming defer and run "
-             "\"memferry receive %s --qmp PATH\"",
-             c->name, c->peer, c->name);
+        if (session->released)
+            fail(c,
+                 "the memferryd at %s knows nothing of %s any more: was it restarted? The guest "
+                 "there waits for its memory, so end neither of its two VMs",
+                 c->peer, c->name);
+        else
+            fail(c,
+                 "nothing waits for %s at %s; start the VM there with -S -incoming defer and run "
+                 "\"memferry receive %s --qmp PATH\"",
+                 c->name, c->peer, c->name);
         return;
     case MF_PREAMBLE_TAKEN:
         fail(c, "the name %s is taken at %s by another migration", c->name, c->peer);
@@ -187,6 +195,30 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
 }
 
 static int open_connection(struct connector *c, enum mf_connection_kind kind, unsigned stream);
+
+/* Connect to c->address, or to the first behind it that can be had. Return: 0 or the last one's
+ * -errno. */
+static int open_first(struct connector *c)
+{
+    int r = -EADDRNOTAVAIL;
+    for (; c->address; c->address = c->address->ai_next) {
+        drop_connections(c);
+        r = open_connection(c, c->abandoning ? MF_CONNECTION_ABANDON : MF_CONNECTION_CONTROL, 0);
+        if (r == 0)
+            return 0;
+    }
+    return r;
+}
+
+/* A name may stand for several addresses, of which memferryd listens on one. Return: whether
+ * another one is tried now. */
+static bool try_next_address(struct connector *c)
+{
+    if (c->ready || !c->address || !c->address->ai_next)
+        return false;
+    c->address = c->address->ai_next;
+    return open_first(c) == 0;
+}
 
 static void hand_over(struct connector *c)
 {
@@ -254,6 +286,8 @@ static void on_socket(evutil_socket_t fd, short what, void *arg)
         socklen_t length = sizeof(error);
         getsockopt((int)fd, SOL_SOCKET, SO_ERROR, &error, &length);
         if (error) {
+            if (try_next_address(c))
+                return;
             fail(c, "cannot connect to memferryd at %s: %s%s", c->peer, strerror(error),
                  error == ECONNREFUSED ? "; does it run there, and does it listen on that address?"
                                        : "");
@@ -300,11 +334,11 @@ static int open_connection(struct connector *c, enum mf_connection_kind kind, un
         return -E2BIG;
     struct connection *n = &c->connection[c->count++];
     *n = (struct connection){.connector = c, .kind = kind, .stream = (uint16_t)stream, .fd = -1};
-    n->fd = socket(c->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    n->fd = socket(c->address->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (n->fd < 0)
         return -errno;
     peer_socket_options(n->fd);
-    if (connect(n->fd, (struct sockaddr *)&c->address, c->address_length) != 0 &&
+    if (connect(n->fd, c->address->ai_addr, (socklen_t)c->address->ai_addrlen) != 0 &&
         errno != EINPROGRESS)
         return -errno;
     n->event = event_new(daemon_base(c->daemon), n->fd, EV_WRITE, on_socket, n);
@@ -322,7 +356,13 @@ static void on_timeout(evutil_socket_t fd, short what, void *arg)
         begin(c); /* the pause between tries is over */
         return;
     }
-    fail(c, "memferryd at %s did not answer within %d s", c->peer, CONNECT_TIMEOUT_S);
+    if (c->resolving)
+        fail(c,
+             "the address of the host %s was not found within %d s; does its name server answer? "
+             "Give its address, or put its name into /etc/hosts",
+             c->host, CONNECT_TIMEOUT_S);
+    else
+        fail(c, "memferryd at %s did not answer within %d s", c->peer, CONNECT_TIMEOUT_S);
 }
 
 static void on_address(int result, struct evutil_addrinfo *list, void *arg)
@@ -335,10 +375,11 @@ static void on_address(int result, struct evutil_addrinfo *list, void *arg)
         fail(c, "the host %s cannot be found: %s", c->host, evutil_gai_strerror(result));
         return;
     }
-    memcpy(&c->address, list->ai_addr, list->ai_addrlen);
-    c->address_length = (socklen_t)list->ai_addrlen;
-    evutil_freeaddrinfo(list);
-    int r = open_connection(c, c->abandoning ? MF_CONNECTION_ABANDON : MF_CONNECTION_CONTROL, 0);
+    if (c->addresses)
+        evutil_freeaddrinfo(c->addresses);
+    c->addresses = list;
+    c->address = list;
+    int r = open_first(c);
     if (r < 0)
         fail(c, "cannot connect to memferryd at %s: %s", c->peer, strerror(-r));
 }
@@ -357,6 +398,9 @@ static void begin(struct connector *c)
     event_assign(c->timeout, daemon_base(c->daemon), -1, 0, on_timeout, c);
     evtimer_add(c->timeout, &(struct timeval){.tv_sec = CONNECT_TIMEOUT_S});
     snprintf(port, sizeof(port), "%u", c->port);
+    /* libevent reads the file once; who runs memferryd for weeks adds hosts to it. */
+    evdns_base_clear_host_addresses(daemon_dns(c->daemon));
+    evdns_base_load_hosts(daemon_dns(c->daemon), "/etc/hosts");
     /* May call back at once, and then `c` may be gone: nothing after it. */
     struct evdns_getaddrinfo_request *request =
         evdns_getaddrinfo(daemon_dns(c->daemon), c->host, port, &hints, on_address, c);

@@ -84,6 +84,10 @@ static enum mf_preamble_status open_link(struct session *session, const struct g
     if (preamble->streams == 0 || preamble->streams > MF_MAX_STREAMS)
         return MF_PREAMBLE_BUSY;
     if (!same_id(session, preamble)) {
+        /* A source that reconnects means an earlier session, which a memferryd before this one had;
+         * its guest is not to be put into a VM that waits for another. */
+        if (preamble->link != 1)
+            return MF_PREAMBLE_UNKNOWN_NAME;
         /* Until the VM has been touched another attempt may take the place of one that broke. */
         if (session->state != MF_D_WAITING || session->link_open)
             return MF_PREAMBLE_TAKEN;
@@ -257,7 +261,9 @@ int listener_open(struct daemon *daemon, struct listener **out, struct mf_error 
         free(listener);
         return mf_fail(
             err, error, "cannot listen on %s: %s%s", text, strerror(error),
-            error == EADDRINUSE ? "; another memferryd? choose another port with --listen" : "");
+            error == EADDRINUSE      ? "; another memferryd? choose another port with --listen"
+            : error == EADDRNOTAVAIL ? "; no interface of this host has that address (yet?)"
+                                     : "");
     }
     if (!is_loopback(config->listen_address))
         mf_log(MF_LOG_WARNING,

@@ -95,6 +95,15 @@ static void on_signal(evutil_socket_t number, short what, void *arg)
     try_to_stop(-1, 0, daemon);
 }
 
+/* What libevent has to say, about name servers as a rule. */
+static void on_libevent_log(int severity, const char *text)
+{
+    mf_log(severity == EVENT_LOG_ERR    ? MF_LOG_ERR
+           : severity == EVENT_LOG_WARN ? MF_LOG_WARNING
+                                        : MF_LOG_DEBUG,
+           "libevent: %s", text);
+}
+
 static int read_arguments(struct config *config, int argc, char **argv)
 {
     static const struct option options[] = {
@@ -165,6 +174,7 @@ int main(int argc, char **argv)
     static struct daemon daemon;
     struct mf_error err;
     mf_log_setup("memferryd", MF_LOG_INFO);
+    event_set_log_callback(on_libevent_log);
     config_defaults(&daemon.config);
     int r = read_arguments(&daemon.config, argc, argv);
     if (r != 0)

@@ -406,6 +406,14 @@ static void on_peer_phase(struct session *session, const struct mf_ipc *message)
     session_event(session, event);
 }
 
+/* What made the peer close the link was said before, and explains more than that it did. */
+static bool is_explained(const struct session *session)
+{
+    return session_ended(session) || session->state == MF_S_FAILING ||
+           session->state == MF_S_CANCELLING ||
+           (session->state == MF_D_WAITING && session->reason[0]);
+}
+
 void session_on_mover_message(struct session *session, const struct mf_ipc *message)
 {
     if (message->type != MF_IPC_CONFIRMED_ALL && message->link_number != session->link)
@@ -428,8 +436,7 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         break;
     case MF_IPC_LINK_LOST:
         session->link_open = false;
-        if (!session_ended(session) && !(session->role == MF_DESTINATION &&
-                                         session->state == MF_D_WAITING && session->reason[0]))
+        if (!is_explained(session))
             session_set_reason(session, "the link to %s was lost: %s", session->peer,
                                message->text);
         session_event(session, MF_EV_LINK_LOST);

@@ -3,7 +3,8 @@
 """Run one end-to-end test by name (as meson does), or list them."""
 import sys
 
-import test_faults  # noqa: F401 (importing a module registers its tests)
+import test_daemon  # noqa: F401 (importing a module registers its tests)
+import test_faults  # noqa: F401
 import test_migrate  # noqa: F401
 import test_preflight  # noqa: F401
 from harness.testing import run_one, tests

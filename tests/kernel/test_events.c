@@ -93,7 +93,7 @@ static void remap_tells_the_move_then_the_unmap(void **state)
     area_register(&area, BOTH_MODES);
     char *to = mmap(NULL, area.length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     assert_true(to != MAP_FAILED);
-    munmap(to, area.length_bytes); /* an address that is free */
+    /* It stays reserved until it is moved onto: given back, it might become a thread's stack. */
     struct actor mover = {
         .act = ACT_REMAP, .at = area.guest, .length_bytes = area.length_bytes, .to = to};
     actor_start(&mover);
