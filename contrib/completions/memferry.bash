@@ -10,7 +10,7 @@ _memferry_names()
 _memferry()
 {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local verbs="receive migrate status cancel check forget"
+    local verbs="receive migrate status set switch cancel check forget"
     local verb="" named="" word i
     local -a runtime=()
     COMPREPLY=()
@@ -21,7 +21,7 @@ _memferry()
         --runtime-dir)
             runtime=(--runtime-dir "${COMP_WORDS[++i]}")
             ;;
-        --qmp | --to | --streams)
+        --qmp | --to | --streams | --mode | --bandwidth | --max-rounds | --switch-after | --max-blackout)
             ((i++))
             ;;
         -*) ;;
@@ -50,6 +50,17 @@ _memferry()
         mapfile -t COMPREPLY < <(compgen -A hostname -- "$cur")
         return
         ;;
+    --mode)
+        mapfile -t COMPREPLY < <(compgen -W "hybrid postcopy precopy" -- "$cur")
+        return
+        ;;
+    --bandwidth)
+        mapfile -t COMPREPLY < <(compgen -W "none 100M 1G 10G" -- "$cur")
+        return
+        ;;
+    --max-rounds | --switch-after | --max-blackout)
+        return # numbers
+        ;;
     --streams)
         mapfile -t COMPREPLY < <(compgen -W "1 2 4 8 16" -- "$cur")
         return
@@ -60,7 +71,10 @@ _memferry()
     case $verb in
     "") options="--runtime-dir --help --version" ;;
     receive) options+=" --qmp" ;;
-    migrate) options+=" --qmp --to --json --detach --keep-source --streams" ;;
+    migrate)
+        options+=" --qmp --to --json --detach --keep-source --streams --mode --bandwidth --max-rounds"
+        options+=" --switch-after --max-blackout --fallback"
+        ;;
     status | check) options+=" --json" ;;
     esac
     if [[ $cur == -* ]]; then
@@ -69,7 +83,15 @@ _memferry()
     fi
     case $verb in
     "") mapfile -t COMPREPLY < <(compgen -W "$verbs" -- "$cur") ;;
-    status | cancel | forget)
+    set)
+        if [[ -n $named ]]; then
+            compopt -o nospace
+            mapfile -t COMPREPLY < <(compgen -W "bandwidth=" -- "$cur")
+        else
+            mapfile -t COMPREPLY < <(compgen -W "$(_memferry_names "${runtime[@]}")" -- "$cur")
+        fi
+        ;;
+    status | switch | cancel | forget)
         [[ -n $named ]] ||
             mapfile -t COMPREPLY < <(compgen -W "$(_memferry_names "${runtime[@]}")" -- "$cur")
         ;;

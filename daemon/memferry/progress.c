@@ -179,7 +179,8 @@ static void tell_news(struct progress *progress, const Memferry__Control__Sessio
     char reason[sizeof(progress->reason)];
     snprintf(reason, sizeof(reason), "%s", session->reason);
     bool new_reason = reason[0] && strcmp(progress->reason, reason) != 0;
-    bool new_mode = progress->mode[0] && strcmp(progress->mode, session->mode) != 0;
+    bool new_mode =
+        progress->mode[0] && session->mode[0] && strcmp(progress->mode, session->mode) != 0;
     if (new_reason || new_mode)
         progress_clear(progress);
     if (new_mode)

