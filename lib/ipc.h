@@ -32,6 +32,7 @@ enum mf_ipc_type {
     MF_IPC_DEVICE,     /**< with our end of the VMM's device stream */
     MF_IPC_PROCEED,    /**< destination: the answer to PEER_HELLO; text is a refusal or empty */
     MF_IPC_ROUND,      /**< source: copy once more what was written since; ROUND_DONE follows */
+    MF_IPC_CUT_ROUND,  /**< source: end the round where it is */
     MF_IPC_SETTINGS,   /**< source: the bandwidth limit */
     MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
     MF_IPC_CONFIRM,    /**< source: sweep before RELEASE (mode precopy) */

@@ -51,13 +51,13 @@ uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
 static enum mf_rounds_next decide(const struct mf_rounds *r)
 {
     if (r->switch_now)
-        return MF_ROUNDS_SWITCH;
+        return r->mode == MF_PRECOPY ? MF_ROUNDS_FALL_BACK : MF_ROUNDS_SWITCH;
     if (r->mode == MF_PRECOPY) {
         uint64_t blackout_ns = mf_rounds_expected_blackout_ns(r);
         if (blackout_ns && (blackout_ns <= r->max_blackout_ns || r->pages < MF_ROUNDS_FEW_PAGES))
             return MF_ROUNDS_SWITCH;
         if (r->max_rounds && r->round >= r->max_rounds)
-            return r->fallback ? MF_ROUNDS_FALL_BACK : MF_ROUNDS_AGAIN;
+            return MF_ROUNDS_FALL_BACK;
         /* Not clearly less than before, several times over: it will not converge. */
         if (r->fallback && r->round >= MF_ROUNDS_HYBRID && r->pages * 10 >= r->before_pages * 7)
             return MF_ROUNDS_FALL_BACK;

@@ -24,7 +24,7 @@ struct mf_rounds {
     unsigned max_rounds;      /**< 0: the mode's own: hybrid MF_ROUNDS_HYBRID, precopy as many as it takes */
     uint64_t max_blackout_ns; /**< precopy */
     bool fallback;
-    bool switch_now;          /**< an operator's word, or the time is up */
+    bool switch_now;          /**< an operator's word, or the time is up: precopy becomes hybrid */
 
     unsigned round;           /**< of the last one that ended */
     uint64_t pages, before_pages;       /**< copied in it, and in the one before */

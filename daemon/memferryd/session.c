@@ -204,6 +204,7 @@ static struct session *create(struct daemon *daemon, const char *name, enum mf_r
     s->role = role;
     s->state = role == MF_SOURCE ? MF_S_CONNECTING : MF_D_WAITING;
     s->starting = true;
+    s->pagemap_fd = -1;
     s->pidfd = s->uffd = s->remote_uffd = s->file_fd = -1;
     s->started_ns = mf_now_ns();
     s->streams = daemon_config(daemon)->streams;
@@ -252,7 +253,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
         return;
     }
     s->guest_was_running = info->was_running;
-    if (target_find(s, info, &err) < 0) {
+    if (target_find(s, info, &err) < 0 || precopy_setup(s, &err) < 0) {
         session_reject(s, "%s", err.text);
         return;
     }
@@ -300,6 +301,18 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
     if (options->streams)
         s->streams = options->streams;
     s->keep_source = options->keep_source;
+    s->rounds.max_rounds = options->max_rounds;
+    s->rounds.max_blackout_ns =
+        (options->max_blackout_ms ? options->max_blackout_ms : MF_ROUNDS_MAX_BLACKOUT_MS) *
+        UINT64_C(1000000);
+    s->rounds.fallback = options->fallback;
+    s->switch_after_s = options->switch_after_s;
+    s->bandwidth_bits_s = options->bandwidth_bits_s;
+    if (mf_mode_of(options->mode, &s->rounds.mode) < 0) {
+        session_reject(s, "the mode %s is not known; it is hybrid, postcopy or precopy",
+                       options->mode);
+        return;
+    }
     if (getrandom(s->id, sizeof(s->id), 0) != (ssize_t)sizeof(s->id)) {
         session_reject(s, "cannot draw a session id: %s", strerror(errno));
         return;
@@ -423,6 +436,8 @@ void session_read_figures(struct session *session)
     to->hole_pages = atomic_load(&from->hole_pages);
     to->missing_pages = atomic_load(&from->missing_pages);
     to->faults_asked = atomic_load(&from->faults_asked);
+    to->dirty_pages = atomic_load(&from->dirty_pages);
+    to->round_left_pages = atomic_load(&from->round_left_pages);
     mf_histogram_read(&from->faults, &to->faults);
     if (session->role == MF_SOURCE) {
         /* The destination measures; its figures come with DRAINED. */
@@ -473,6 +488,20 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
                 ? session->ram_bytes
                 : (uint64_t)((double)session->ram_bytes *
                              (1.0 - (double)f->missing_pages / (double)session->total_pages));
+    if (session->role == MF_SOURCE) {
+        out->mode = (char *)(uintptr_t)mf_mode_name(session->rounds.mode);
+        out->rounds = session->round_begun;
+        out->precopy_bytes = session->released ? session->precopy_bytes : f->wire_bytes;
+        out->postcopy_bytes = f->wire_bytes - out->precopy_bytes;
+        out->dirty_pages_at_switch = f->dirty_pages;
+        out->dirty_rate_pages_s = mf_rounds_dirty_rate(&session->rounds);
+        out->unconfirmed_at_release = session->unconfirmed_at_release;
+        if (session->total_pages)
+            out->round_left_bytes = (uint64_t)((double)session->ram_bytes *
+                                               (double)f->round_left_pages /
+                                               (double)session->total_pages);
+        out->bandwidth_bits_s = session->bandwidth_bits_s;
+    }
     out->released = session->released;
     out->guest_safe_at_source = !session->released;
     out->peer = session->peer;

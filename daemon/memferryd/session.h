@@ -53,7 +53,7 @@ struct session {
     bool starting; /**< probing and arming: not yet in `state`, shown as waiting or connecting */
     bool released; /**< RELEASE was given or taken; stays true when the session has ended */
     bool rejected; /**< being taken down before it began: nobody sees it any more */
-    char reason[768];
+    char reason[896];
     char peer[300]; /**< "HOST:PORT" */
     char host[256];
     uint16_t port;
@@ -87,13 +87,12 @@ struct session {
     /* Precopy, source. */
     struct mf_rounds rounds;
     unsigned round_begun;       /**< number of the last round that was begun */
-    bool round_running;
     unsigned switch_after_s;
     struct event *switch_timer;
     uint64_t bandwidth_bits_s;
     uint64_t precopy_bytes;          /**< wire_bytes at RELEASE */
     uint64_t unconfirmed_at_release; /**< pages */
-    char mode_note[512];             /**< why the mode is not what was asked for */
+    char mode_note[896];             /**< why the mode is not what was asked for */
 
     /* The link. */
     uint32_t link;  /**< number of the present or last one */
@@ -146,6 +145,20 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail);
 void session_end(struct session *session);
 /** session_send() - have the mover send a phase change. */
 void session_send(struct session *session, uint32_t phase);
+
+/* ---- precopy.c ---- */
+
+/** precopy_setup() - source, after target_find: begin to track, or change the mode and say so.
+ *  Return: 0 or -errno: the mode that was asked for can't be had. */
+int precopy_setup(struct session *session, struct mf_error *err);
+/** precopy_begin() - the destination is ready: first round, or MF_EV_COPIED at once in mode postcopy. */
+void precopy_begin(struct session *session);
+void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
+                        uint64_t duration_ns);
+/** precopy_switch() - an operator's word or the time: end precopy now. */
+void precopy_switch(struct session *session);
+/** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be prepared. */
+void precopy_confirm(struct session *session);
 
 /* ---- target.c ---- */
 

@@ -167,6 +167,9 @@ void session_end(struct session *session)
     if (session->mover_timer)
         event_free(session->mover_timer);
     session->mover_timer = NULL;
+    if (session->switch_timer)
+        event_free(session->switch_timer);
+    session->switch_timer = NULL;
     if (session->vm_timer)
         event_free(session->vm_timer);
     session->vm_timer = NULL;
@@ -211,14 +214,21 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         session->link_open = false;
         session_event(session, MF_EV_LINK_LOST);
         break;
-    case MF_ACT_START_VMM:
+    case MF_ACT_START_ROUNDS:
         disarm_vm_timer(session);
+        precopy_begin(session);
+        break;
+    case MF_ACT_CONFIRM:
+        precopy_confirm(session);
+        break;
+    case MF_ACT_SEND_CONFIRMED:
+        session_send(session, MEMFERRY__PEER__PHASE__PHASE_CONFIRMED);
+        break;
+    case MF_ACT_START_VMM:
         start_vmm(session);
         break;
     case MF_ACT_FINISH_VMM:
         arm_vm_timer(session, SWITCHOVER_TIMEOUT_S);
-        /* From here on what the mover answers to faults stays true. */
-        mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);
         session_vmm_ops(session)->finish_outgoing(session->vmm);
         break;
     case MF_ACT_RELEASE:
@@ -226,6 +236,9 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         session->released = true;
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_RELEASE);
         disarm_vm_timer(session);
+        session_read_figures(session);
+        session->precopy_bytes = session->figures.wire_bytes;
+        session->unconfirmed_at_release = session->figures.missing_pages;
         break;
     case MF_ACT_RECONNECT:
         reconnect(session);
@@ -284,7 +297,7 @@ void session_event(struct session *session, enum mf_event event)
         return; /* carrying it out led further; all was said there */
     if (mf_state_ended(session->state) && !mf_state_ended(was)) {
         if (session->state == MF_DONE)
-            session->reason[0] = '\0';
+            session_set_reason(session, "%s", session->mode_note);
         mf_log(session->state == MF_FAILED ? MF_LOG_WARNING : MF_LOG_NOTICE, "%s: %s%s%s",
                session->name, mf_state_name(session->state), session->reason[0] ? ": " : "",
                session->reason);
@@ -353,11 +366,20 @@ void session_on_mover_ready(struct session *session)
     if (session->starting) {
         session_started(session);
         if (session->role == MF_SOURCE) {
+            mover_order(session,
+                        &(struct mf_ipc){.type = MF_IPC_SETTINGS,
+                                         .bandwidth_bits_s = session->bandwidth_bits_s},
+                        -1);
             arm_vm_timer(session, READY_TIMEOUT_S);
             connector_start(session);
         }
         return;
     }
+    if (session->role == MF_SOURCE)
+        mover_order(session,
+                    &(struct mf_ipc){.type = MF_IPC_SETTINGS,
+                                     .bandwidth_bits_s = session->bandwidth_bits_s},
+                    -1);
     if (session->state == MF_S_RECOVERING && !session->connector)
         connector_start(session);
 }
@@ -382,6 +404,9 @@ static void on_peer_phase(struct session *session, const struct mf_ipc *message)
     switch ((Memferry__Peer__Phase)message->phase) {
     case MEMFERRY__PEER__PHASE__PHASE_READY:
         event = MF_EV_PEER_READY;
+        break;
+    case MEMFERRY__PEER__PHASE__PHASE_CONFIRMED:
+        event = MF_EV_PEER_CONFIRMED;
         break;
     case MEMFERRY__PEER__PHASE__PHASE_LOADED:
         event = MF_EV_PEER_LOADED;
@@ -429,7 +454,7 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         session->reconnect_tries = 0;
         if (session->reconnect_timer)
             evtimer_del(session->reconnect_timer);
-        session->reason[0] = '\0';
+        session_set_reason(session, "%s", session->mode_note);
         session_event(session, MF_EV_LINK_UP);
         if (session->role == MF_DESTINATION && session->released_at_source)
             session_event(session, MF_EV_PEER_RELEASE);
@@ -457,6 +482,10 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
     case MF_IPC_PEER_ABORT:
         session_set_reason(session, "%s", message->text);
         session_event(session, message->cancelled ? MF_EV_PEER_CANCELLED : MF_EV_PEER_FAILED);
+        break;
+    case MF_IPC_ROUND_DONE:
+        precopy_round_done(session, message->round.round, message->round.copied_pages,
+                           message->round.duration_ns);
         break;
     case MF_IPC_CONFIRMED_ALL:
         session->confirmed_all = true;

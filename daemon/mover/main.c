@@ -78,6 +78,9 @@ static void take_order(struct mover *mover)
     case MF_IPC_ROUND:
         sweep_round(mover);
         break;
+    case MF_IPC_CUT_ROUND:
+        sweep_cut_round(mover);
+        break;
     case MF_IPC_SETTINGS:
         sweep_set_pace(mover, message.bandwidth_bits_s);
         break;

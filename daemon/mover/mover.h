@@ -99,6 +99,7 @@ struct sweep {
     bool released;                  /**< or told to confirm before RELEASE: the sweep may begin */
     uint32_t round;                 /**< of precopy; 0: none yet */
     bool in_round;                  /**< the present pass is a precopy round */
+    _Atomic bool cut;               /**< no further chunk in this round */
     uint64_t round_began_ns;
     _Atomic uint64_t pace_bits_s;   /**< limit of all bulk threads together; 0: none */
     _Atomic uint64_t pace_next_ns;  /**< when the next batch may leave */
@@ -216,6 +217,7 @@ void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer fa
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
 void sweep_release(struct mover *mover); /**< RELEASE is out: sweep */
 void sweep_round(struct mover *mover);   /**< begin a precopy round */
+void sweep_cut_round(struct mover *mover); /**< end it where it is */
 /** sweep_round_landed() - the destination has all of it. */
 void sweep_round_landed(struct mover *mover, uint32_t round);
 void sweep_set_pace(struct mover *mover, uint64_t bits_s); /**< 0: no limit */

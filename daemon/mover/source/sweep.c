@@ -122,9 +122,15 @@ void sweep_round(struct mover *mover)
     pthread_mutex_lock(&sweep->lock);
     sweep->round++;
     sweep->in_round = true;
+    atomic_store(&sweep->cut, false);
     sweep->round_began_ns = mf_now_ns();
     pthread_cond_broadcast(&sweep->changed);
     pthread_mutex_unlock(&sweep->lock);
+}
+
+void sweep_cut_round(struct mover *mover)
+{
+    atomic_store(&mover->sweep.cut, true);
 }
 
 void sweep_round_landed(struct mover *mover, uint32_t round)
@@ -249,7 +255,8 @@ static int one_pass(struct sender *sender, uint32_t pass)
     sender->round = round != 0;
     while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
         uint64_t now = atomic_load_explicit(&sweep->pivot, memory_order_relaxed);
-        if (!take_chunk(sweep, now == pivot ? chunk : now, &chunk))
+        if ((round && atomic_load_explicit(&sweep->cut, memory_order_relaxed)) ||
+            !take_chunk(sweep, now == pivot ? chunk : now, &chunk))
             break;
         pivot = now;
         let_urgent_by(sweep);
