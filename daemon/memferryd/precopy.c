@@ -14,13 +14,23 @@
 
 #include "lib/log.h"
 
-int precopy_setup(struct session *session, struct mf_error *err)
+static int track(struct session *session, const struct vmm_info *info, struct mf_error *err)
+{
+    if (info->direct_io[0])
+        return mf_fail(err, ENOTSUP,
+                       "its drive %s bypasses the page cache (cache.direct=on), and what such a "
+                       "drive reads into memory is not seen as written",
+                       info->direct_io);
+    return target_track(session, err);
+}
+
+int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
     struct mf_rounds *rounds = &session->rounds;
     struct mf_error why;
     if (session->role != MF_SOURCE || rounds->mode == MF_POSTCOPY)
         return 0;
-    if (target_track(session, &why) == 0)
+    if (track(session, info, &why) == 0)
         return 0;
     target_stop_watching(session);
     if (rounds->mode == MF_PRECOPY && !rounds->fallback)

@@ -253,7 +253,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
         return;
     }
     s->guest_was_running = info->was_running;
-    if (target_find(s, info, &err) < 0 || precopy_setup(s, &err) < 0) {
+    if (target_find(s, info, &err) < 0 || precopy_setup(s, info, &err) < 0) {
         session_reject(s, "%s", err.text);
         return;
     }

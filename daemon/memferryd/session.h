@@ -150,7 +150,7 @@ void session_send(struct session *session, uint32_t phase);
 
 /** precopy_setup() - source, after target_find: begin to track, or change the mode and say so.
  *  Return: 0 or -errno: the mode that was asked for can't be had. */
-int precopy_setup(struct session *session, struct mf_error *err);
+int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err);
 /** precopy_begin() - the destination is ready: first round, or MF_EV_COPIED at once in mode postcopy. */
 void precopy_begin(struct session *session);
 void precopy_round_done(struct session *session, unsigned round, uint64_t pages,

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "daemon/memferryd/qemu/settings.h"
@@ -279,6 +280,23 @@ static int judge_devices(struct judge *j)
     return 0;
 }
 
+/* No refusal: vmm.h says what it means. */
+static int note_direct_io(struct judge *j)
+{
+    json_t *node;
+    size_t at;
+    j->info->direct_io[0] = '\0';
+    json_array_foreach(j->replies->block_nodes, at, node)
+    {
+        const char *name = json_string_value(json_object_get(node, "node-name"));
+        if (json_is_true(json_object_get(json_object_get(node, "cache"), "direct"))) {
+            snprintf(j->info->direct_io, sizeof(j->info->direct_io), "%s", name ? name : "?");
+            break;
+        }
+    }
+    return 0;
+}
+
 int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_replies *replies,
                     struct vmm_info *info, struct mf_error *err)
 {
@@ -289,6 +307,7 @@ int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_r
         judge_devices,
         judge_backends,
         role == VMM_SOURCE ? judge_blockers : NULL,
+        note_direct_io,
     };
     struct judge j = {.vm = vm_name, .replies = replies, .info = info, .err = err};
     for (size_t i = 0; i < sizeof(checks) / sizeof(checks[0]); i++) {

@@ -22,15 +22,16 @@
  * object; container is the QOM path of the region its memory lies in, "" when in none
  * @devices:      array of {name, type}: all of /machine/peripheral and /machine/peripheral-anon
  * @network:      what `info network` printed
+ * @block_nodes:  query-named-block-nodes, flat
  */
 struct qemu_replies {
     json_t *version, *status, *migration, *capabilities, *ram_backend, *backends, *devices,
-        *network;
+        *network, *block_nodes;
 };
 
 /**
  * preflight_judge() - decide, and describe.
- * @info: on success version, was_running, backend_count and backends (malloc'd; sorted by id) are
+ * @info: on success version, was_running, direct_io, backend_count and backends (malloc'd; sorted by id) are
  * set. Return: 0, or -errno with @err: the cause and the remedy.
  */
 int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_replies *replies,

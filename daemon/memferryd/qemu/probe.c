@@ -27,6 +27,7 @@ KEEP(keep_migration, "migration")
 KEEP(keep_capabilities, "capabilities")
 KEEP(keep_ram_backend, "ram_backend")
 KEEP(keep_network, "network")
+KEEP(keep_block_nodes, "block_nodes")
 
 static bool list_objects(struct vmm *vmm, json_t **out)
 {
@@ -143,6 +144,13 @@ static bool info_network(struct vmm *vmm, json_t **out)
     return true;
 }
 
+static bool flat_nodes(struct vmm *vmm, json_t **out)
+{
+    (void)vmm;
+    *out = json_pack("{s:b}", "flat", 1);
+    return true;
+}
+
 static const struct qemu_step probe_steps[] = {
     {.command = "query-status", .what = "tell its run state", .done = keep_status},
     {.command = "query-migrate", .what = "tell about migrations", .done = keep_migration},
@@ -176,6 +184,11 @@ static const struct qemu_step probe_steps[] = {
      .arguments = info_network,
      .done = keep_network,
      .may_fail = true},
+    {.command = "query-named-block-nodes",
+     .what = "list its block nodes",
+     .arguments = flat_nodes,
+     .done = keep_block_nodes,
+     .may_fail = true},
     {0},
 };
 
@@ -190,6 +203,7 @@ static void probed(struct vmm *vmm, const struct mf_error *err)
         .backends = reply(vmm, "backends"),
         .devices = reply(vmm, "devices"),
         .network = reply(vmm, "network"),
+        .block_nodes = reply(vmm, "block_nodes"),
     };
     struct mf_error why = {0};
     int rc = 0;

@@ -14,7 +14,8 @@
 #include <sys/uio.h>
 
 #define REQUESTS_ROOM 512u
-#define NEIGHBOURS 16u /**< pages in the aligned window around a fault */
+#define NEIGHBOURS 16u         /**< pages in the aligned window around a fault */
+#define NEIGHBOURS_COPIED 64u  /**< the same after precopy: most need no bytes, only a word */
 #define RECENT 32u     /**< windows remembered */
 
 struct recent {
@@ -33,11 +34,16 @@ struct urgent {
     unsigned recent_count;
 };
 
+static uint64_t window_pages(const struct urgent *u)
+{
+    return u->mover->pagemap_fd >= 0 ? NEIGHBOURS_COPIED : NEIGHBOURS;
+}
+
 static void remember(struct urgent *u, uint32_t region, uint64_t page)
 {
     if (u->mover->region[region].page_bytes > 65536)
         return; /* the neighbours of a huge page are the sweep's */
-    uint64_t first = page - page % NEIGHBOURS;
+    uint64_t first = page - page % window_pages(u);
     for (unsigned i = 0; i < u->recent_count; i++)
         if (u->recent[i].region == region && u->recent[i].first == first)
             return;
@@ -99,7 +105,7 @@ static int send_neighbours(struct urgent *u)
 {
     struct recent window = u->recent[--u->recent_count];
     const struct region *region = &u->mover->region[window.region];
-    uint64_t pages = NEIGHBOURS;
+    uint64_t pages = window_pages(u);
     if (pages > region->pages - window.first)
         pages = region->pages - window.first;
     int r = sender_pages(&u->sender, window.region, window.first, pages, false);
