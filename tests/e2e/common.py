@@ -17,6 +17,7 @@ FIELDS = {"name", "id", "role", "state", "reason", "ram_bytes", "blackout_us", "
 FAULT_FIELDS = {"count", "p50_us", "p99_us", "p999_us", "max_us"}
 # Slow enough that a phase lasts, fast enough that a test ends: 256 MiB take some 5 s.
 SLOW_MBIT = 400
+POSTCOPY = ("--mode", "postcopy")
 
 
 def need(condition, sentence):

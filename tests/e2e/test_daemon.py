@@ -3,7 +3,7 @@
 import os
 import time
 
-from common import SLOW_MBIT, Pair, need
+from common import POSTCOPY, SLOW_MBIT, Pair, need
 from harness.artifacts import program
 from harness.host import LeakCheck, open_files, registered_mappings
 from harness.net import enter_namespace
@@ -99,7 +99,7 @@ def stop_destination_before_release(sandbox):
 def stop_after_release(sandbox):
     """SIGTERM to both after RELEASE: they stop once all memory has arrived, not before."""
     pair = Pair(sandbox, mbit=SLOW_MBIT)
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     for host in (pair.a, pair.b):
         host.wait_state(pair.name, AFTER_RELEASE)
         host.process.terminate()
@@ -118,7 +118,7 @@ def killed_destination_daemon_keeps_guest(sandbox):
     memferryd does not put it into a VM that waits for something else, whatever that is called.
     """
     pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=160)
-    pair.begin()
+    pair.begin(*POSTCOPY)
     for host in (pair.a, pair.b):
         host.wait_state(pair.name, AFTER_RELEASE)
     pair.b.process.kill()

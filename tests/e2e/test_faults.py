@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from common import SLOW_MBIT, Pair, need
+from common import POSTCOPY, SLOW_MBIT, Pair, need
 from harness import wire
 from harness.net import Relay
 from harness.sandbox import HarnessError, wait_until
@@ -126,7 +126,7 @@ def wait_replaced(host, old):
 
 def kill_in_postcopy(sandbox, sides, times=1):
     pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=160)
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     for host in (pair.a, pair.b):
         host.wait_state(pair.name, AFTER_RELEASE)
     for _ in range(times):
@@ -310,7 +310,7 @@ def cancel_then_migrate(sandbox):
 @e2e()
 def cancel_refused_in_postcopy(sandbox):
     pair = Pair(sandbox, mbit=SLOW_MBIT)
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     for host in (pair.a, pair.b):
         host.wait_state(pair.name, AFTER_RELEASE)
         answer = host.expect(4, "cancel", pair.name)
@@ -403,7 +403,7 @@ def garbage_claims_session(sandbox):
 def garbage_during_session(sandbox):
     """Strangers keep sending garbage while pages move."""
     pair = Pair(sandbox, mbit=SLOW_MBIT)
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     pair.a.wait_state(pair.name, AFTER_RELEASE)
     senders = [threading.Thread(target=throw, args=(pair, data))
                for data in garbage(pair.name).values()]
@@ -470,7 +470,7 @@ def relay_stall_in_postcopy(sandbox):
     """A stall of two seconds after RELEASE, then it goes on."""
     pair = Pair(sandbox, mbit=SLOW_MBIT)
     relay = Relay(sandbox, pair.network.names["a"], (pair.b.address, 7466))
-    verb = pair.begin(to=relay.address)
+    verb = pair.begin(*POSTCOPY, to=relay.address)
     pair.a.wait_state(pair.name, AFTER_RELEASE)
     relay.stalled = True
     time.sleep(2)

@@ -5,7 +5,7 @@ import os
 import struct
 import time
 
-from common import FIELDS, SLOW_MBIT, Pair, need
+from common import FIELDS, POSTCOPY, SLOW_MBIT, Pair, need
 from harness.artifacts import qemu_of_release
 from harness.host import Host
 from harness.net import Network
@@ -146,7 +146,7 @@ def migrate_detached(sandbox):
     pair = Pair(sandbox, mbit=SLOW_MBIT)
     pair.receive()
     answer = pair.a.expect(0, "migrate", pair.name, "--qmp", pair.source.qmp_path, "--to",
-                           pair.b.address + ":7466", "--detach", seconds=15)
+                           pair.b.address + ":7466", *POSTCOPY, "--detach", seconds=15)
     seen = set()
     refused = None
     while (session := pair.a.status(pair.name))["state"] not in ("done", "failed"):
@@ -168,7 +168,7 @@ def migrate_detached(sandbox):
 def migrate_interrupted(sandbox):
     """Ctrl-C on migrate after RELEASE detaches: the session goes on to its end."""
     pair = Pair(sandbox, mbit=SLOW_MBIT)
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     pair.a.wait_state(pair.name, "postcopy")
     verb.interrupt()
     answer = verb.wait(10)
