@@ -38,6 +38,11 @@ static void try_header(const uint8_t *header, const struct mf_frame_region *regi
         return;
     }
     require((frame.type == MF_FRAME_REQUEST) != to_destination);
+    require(frame.type != MF_FRAME_DISCARD);
+    require(!(frame.flags & ~(MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND)));
+    require(!(frame.flags & MF_FRAME_FLAG_HOLE) || frame.type == MF_FRAME_ZERO);
+    require(!(frame.flags & MF_FRAME_FLAG_ROUND) || frame.type == MF_FRAME_DATA ||
+            frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_BARRIER);
     if (frame.type == MF_FRAME_BARRIER) {
         require(frame.pages == 0 && frame.length_bytes == 0);
         return;
@@ -52,7 +57,8 @@ static void try_header(const uint8_t *header, const struct mf_frame_region *regi
         require(bytes == frame.length_bytes);
         require(bytes <= MF_FRAME_DATA_MAX_BYTES || frame.pages == 1);
     } else {
-        require(frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_REQUEST);
+        require(frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_CURRENT ||
+                frame.type == MF_FRAME_REQUEST);
         require(frame.length_bytes == 0);
     }
 }

@@ -255,6 +255,9 @@ static void frame_takes_what_is_in_range(void **state)
         frame(MF_FRAME_ZERO, 0, 0, GIB / 4096),
         frame(MF_FRAME_ZERO, 2, 1, 7),
         frame(MF_FRAME_ZERO, 4, 0, UINT64_MAX),
+        frame(MF_FRAME_CURRENT, 0, 3, 4096),
+        frame(MF_FRAME_CURRENT, 1, 511, 1),
+        frame(MF_FRAME_CURRENT, 4, 1, UINT64_MAX - 1),
         frame(MF_FRAME_REQUEST, 3, 0, 1),
         frame(MF_FRAME_REQUEST, 1, 510, 2),
     };
@@ -272,13 +275,18 @@ static void frame_refuses_other_types_and_ways(void **state)
     (void)state;
     for (unsigned type = 0; type < 256; type++) {
         struct mf_frame f = frame((uint8_t)type, 0, 0, type == MF_FRAME_BARRIER ? 0 : 1);
-        const bool there =
-            type == MF_FRAME_DATA || type == MF_FRAME_ZERO || type == MF_FRAME_BARRIER;
+        const bool there = type == MF_FRAME_DATA || type == MF_FRAME_ZERO ||
+                           type == MF_FRAME_BARRIER || type == MF_FRAME_CURRENT;
         assert_int_equal(check_way(&f, true), there ? 0 : -EPROTO);
         assert_int_equal(check_way(&f, false), type == MF_FRAME_REQUEST ? 0 : -EPROTO);
         for (unsigned flags = 1; flags < 256; flags++) {
             f.flags = (uint8_t)flags;
-            bool known = type == MF_FRAME_ZERO && flags == MF_FRAME_FLAG_HOLE;
+            /* What a precopy round brings lands unconfirmed: data, zeros and the barrier, never
+             * CURRENT. */
+            bool round = type == MF_FRAME_DATA || type == MF_FRAME_ZERO || type == MF_FRAME_BARRIER;
+            bool known =
+                (round && flags == MF_FRAME_FLAG_ROUND) ||
+                (type == MF_FRAME_ZERO && !(flags & ~(MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND)));
             assert_int_equal(check(&f), known ? 0 : -EPROTO);
         }
     }
@@ -287,7 +295,8 @@ static void frame_refuses_other_types_and_ways(void **state)
 static void frame_refuses_what_is_out_of_range(void **state)
 {
     (void)state;
-    static const uint8_t types[] = {MF_FRAME_DATA, MF_FRAME_ZERO, MF_FRAME_REQUEST};
+    static const uint8_t types[] = {MF_FRAME_DATA, MF_FRAME_ZERO, MF_FRAME_CURRENT,
+                                    MF_FRAME_REQUEST};
     for (size_t t = 0; t < sizeof(types); t++) {
         /* Sums and products that wrap around would be in range again. */
         const struct {
@@ -350,6 +359,9 @@ static void frame_length_is_what_the_pages_need(void **state)
     assert_int_equal(check(&f), -EPROTO);
     /* And none where there is none. */
     f = frame(MF_FRAME_ZERO, 0, 0, 1);
+    f.length_bytes = 4096;
+    assert_int_equal(check(&f), -EPROTO);
+    f = frame(MF_FRAME_CURRENT, 0, 0, 1);
     f.length_bytes = 4096;
     assert_int_equal(check(&f), -EPROTO);
     f = frame(MF_FRAME_REQUEST, 0, 0, 1);

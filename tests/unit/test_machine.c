@@ -160,8 +160,21 @@ static void hands_the_guest_over_by_release_alone(void **state)
                 assert_true(now.next == MF_S_FAILING || now.next == MF_S_CANCELLING);
                 returns++;
                 break;
+            case MF_ACT_START_ROUNDS:
+                assert_true(s == MF_S_CONNECTING && e == MF_EV_PEER_READY);
+                break;
             case MF_ACT_START_VMM:
-                assert_true(s == MF_S_CONNECTING || s == MF_D_WAITING);
+                assert_true((s == MF_S_PRECOPY && e == MF_EV_COPIED) || s == MF_D_WAITING);
+                break;
+            case MF_ACT_CONFIRM:
+                assert_true(s == MF_S_PAUSING && e == MF_EV_VMM_PAUSED);
+                break;
+            case MF_ACT_FINISH_VMM:
+                /* The device state leaves only once what is to be confirmed before RELEASE is. */
+                assert_true(s == MF_S_CONFIRMING && e == MF_EV_PEER_CONFIRMED);
+                break;
+            case MF_ACT_SEND_CONFIRMED:
+                assert_true(e == MF_EV_CONFIRMED_ALL && !released(s) && now.next == s);
                 break;
             default:
                 break;
@@ -238,6 +251,46 @@ static void every_failure_before_release_returns_the_guest(void **state)
     }
 }
 
+/* The source's way to RELEASE, step by step; what a returning guest makes of late words. */
+static void goes_by_precopy_and_confirming(void **state)
+{
+    (void)state;
+    static const struct {
+        enum mf_event event;
+        enum mf_action action;
+        enum mf_state next;
+    } way[] = {
+        {MF_EV_PEER_READY, MF_ACT_START_ROUNDS, MF_S_PRECOPY},
+        {MF_EV_COPIED, MF_ACT_START_VMM, MF_S_PAUSING},
+        {MF_EV_VMM_PAUSED, MF_ACT_CONFIRM, MF_S_CONFIRMING},
+        {MF_EV_PEER_CONFIRMED, MF_ACT_FINISH_VMM, MF_S_SWITCHOVER},
+    };
+    unsigned now = MF_S_CONNECTING;
+    for (size_t i = 0; i < sizeof(way) / sizeof(way[0]); i++) {
+        /* None of the later ones is skipped to. */
+        for (size_t later = i + 1; later < sizeof(way) / sizeof(way[0]); later++)
+            assert_int_equal(step(now, way[later].event).next, now);
+        const struct mf_step s = step(now, way[i].event);
+        assert_int_equal(s.action, way[i].action);
+        assert_int_equal(s.next, way[i].next);
+        now = s.next;
+    }
+    assert_string_equal(mf_state_name(MF_S_PAUSING), "precopy");
+    assert_string_equal(mf_state_name(MF_S_CONFIRMING), "switchover");
+    static const enum mf_state returning[] = {MF_S_FAILING, MF_S_CANCELLING};
+    for (size_t i = 0; i < 2; i++) {
+        assert_int_equal(step(returning[i], MF_EV_PEER_CONFIRMED).action, MF_ACT_NONE);
+        assert_int_equal(step(returning[i], MF_EV_COPIED).action, MF_ACT_NONE);
+        assert_int_equal(step(returning[i], MF_EV_VMM_PAUSED).action, MF_ACT_NONE);
+    }
+    /* Nobody is told that all is confirmed but a source that waits for it. */
+    EACH_STATE(s)
+    {
+        if (is_source(s) && s != MF_S_CONFIRMING && s != MF_S_FAILING && s != MF_S_CANCELLING)
+            assert_int_equal(step(s, MF_EV_PEER_CONFIRMED).action, MF_ACT_VIOLATION);
+    }
+}
+
 static void every_state_is_reached_and_can_end(void **state)
 {
     (void)state;
@@ -308,6 +361,7 @@ int main(void)
         cmocka_unit_test(done_means_that_every_page_arrived),
         cmocka_unit_test(cancels_before_release_only),
         cmocka_unit_test(every_failure_before_release_returns_the_guest),
+        cmocka_unit_test(goes_by_precopy_and_confirming),
         cmocka_unit_test(every_state_is_reached_and_can_end),
         cmocka_unit_test(says_a_thing_once),
         cmocka_unit_test(has_the_ten_public_names),

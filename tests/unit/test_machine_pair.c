@@ -7,7 +7,8 @@
  *
  * What must hold in every situation (safety) is asserted as it is found. Afterwards (liveness):
  * from every situation, if from then on nothing fails any more, the session can still end. What is
- * not modelled: time, and data; "all pages are here" is one event.
+ * not modelled: time, and data; "all pages are here" is one event. Both ways to RELEASE are: mode
+ * precopy confirms every page before it, the others none.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -25,6 +26,7 @@
 
 enum s_vmm {
     S_UNTOUCHED,
+    S_COPYING, /**< not touched either: the mover copies in rounds */
     S_PREPARING,
     S_PAUSED,
     S_SENDING,
@@ -40,6 +42,7 @@ enum d_vmm { D_IDLE, D_OPENING, D_LISTENING, D_LOADED, D_RESUMING, D_RUNNING, D_
 enum message {
     M_NONE,
     M_READY,
+    M_CONFIRMED,
     M_LOADED,
     M_RELEASE,
     M_RUNNING,
@@ -59,6 +62,8 @@ struct world {
     uint8_t s_connecting;   /* an attempt to connect is under way */
     uint8_t abandoning;     /* source: a word by a connection of its own is under way */
     uint8_t confirmed;      /* destination: every page is here */
+    uint8_t confirm_first;  /* source: mode precopy */
+    uint8_t confirming;     /* source: the sweep may begin before RELEASE */
     uint8_t released;       /* source has sent RELEASE */
     uint8_t finish_later;   /* source: the VMM is to be kept or gone: VMM_GONE comes by itself */
     uint8_t to_d[QUEUE], to_s[QUEUE];
@@ -87,6 +92,7 @@ static uint32_t *table; /* node + 1 */
 static uint32_t *edges;
 static uint32_t edge_count;
 static uint32_t here; /* the node that is being expanded */
+static bool expanding;
 
 static uint32_t hash(const struct world *w)
 {
@@ -108,7 +114,7 @@ static void print_world(const char *how, const struct world *w)
 
 static void print_path(uint32_t node)
 {
-    if (node != 0)
+    if (nodes[node].parent != node)
         print_path(nodes[node].parent);
     print_world(nodes[node].how, &nodes[node].world);
 }
@@ -131,7 +137,8 @@ static uint32_t node_of(const struct world *w, const char *how)
         at = (at + 1) & (TABLE_SIZE - 1);
     }
     assert_true(node_count < NODES_MAX);
-    nodes[node_count] = (struct node){.world = *w, .parent = here, .how = how};
+    nodes[node_count] =
+        (struct node){.world = *w, .parent = expanding ? here : node_count, .how = how};
     table[at] = node_count + 1;
     return node_count++;
 }
@@ -141,8 +148,8 @@ static uint32_t node_of(const struct world *w, const char *how)
 /* "May run": while it is being returned or resumed it may already do so. */
 static bool may_run_at_source(const struct world *w)
 {
-    return w->s_vmm == S_UNTOUCHED || w->s_vmm == S_PREPARING || w->s_vmm == S_RETURNING ||
-           w->s_vmm == S_RETURNED;
+    return w->s_vmm == S_UNTOUCHED || w->s_vmm == S_COPYING || w->s_vmm == S_PREPARING ||
+           w->s_vmm == S_RETURNING || w->s_vmm == S_RETURNED;
 }
 
 static void check(const struct world *w)
@@ -158,9 +165,11 @@ static void check(const struct world *w)
          "the source has drained before the destination knows");
     must(!w->released || w->s != MF_CANCELLED, w, "cancelled after RELEASE");
     must(!mf_state_released((enum mf_state)w->d) || w->released, w, "RELEASE out of nothing");
+    must(!w->released || !w->confirm_first || w->confirmed, w,
+         "mode precopy released a guest before everything was confirmed");
     if ((w->s == MF_FAILED || w->s == MF_CANCELLED) && !w->released)
-        must(w->s_vmm == S_UNTOUCHED || w->s_vmm == S_RETURNED || w->s_vmm == S_EXITED ||
-                 w->s_vmm == S_BROKEN,
+        must(w->s_vmm == S_UNTOUCHED || w->s_vmm == S_COPYING || w->s_vmm == S_RETURNED ||
+                 w->s_vmm == S_EXITED || w->s_vmm == S_BROKEN,
              w, "the session has ended and the guest is not back");
 }
 
@@ -231,8 +240,17 @@ static void source_tells(struct world *w)
 static void source_does(struct world *w, enum mf_action action)
 {
     switch (action) {
+    case MF_ACT_START_ROUNDS:
+        w->s_vmm = S_COPYING;
+        break;
     case MF_ACT_START_VMM:
         w->s_vmm = S_PREPARING;
+        break;
+    case MF_ACT_CONFIRM:
+        if (w->confirm_first)
+            w->confirming = true;
+        else
+            source_event(w, MF_EV_PEER_CONFIRMED);
         break;
     case MF_ACT_FINISH_VMM:
         w->s_vmm = S_SENDING;
@@ -286,6 +304,9 @@ static void destination_does(struct world *w, enum mf_action action)
         break;
     case MF_ACT_SEND_READY:
         send_to_s(w, M_READY);
+        break;
+    case MF_ACT_SEND_CONFIRMED:
+        send_to_s(w, M_CONFIRMED);
         break;
     case MF_ACT_SEND_LOADED:
         send_to_s(w, M_LOADED);
@@ -377,7 +398,7 @@ static void deliver_to_s(struct world *w)
         [M_READY] = MF_EV_PEER_READY,     [M_LOADED] = MF_EV_PEER_LOADED,
         [M_RUNNING] = MF_EV_PEER_RUNNING, [M_DRAINED] = MF_EV_PEER_DRAINED,
         [M_FAILED] = MF_EV_PEER_FAILED,   [M_CANCELLED] = MF_EV_PEER_CANCELLED,
-        [M_LINK_UP] = MF_EV_LINK_UP,
+        [M_LINK_UP] = MF_EV_LINK_UP,      [M_CONFIRMED] = MF_EV_PEER_CONFIRMED,
     };
     enum message message = (enum message)w->to_s[0];
     drop_first(w->to_s);
@@ -422,6 +443,12 @@ static void successor(const struct world *w, bool failure, const char *how)
 static void source_vmm(void)
 {
     const bool alive = !ended(now.s);
+    MAY(alive && now.s == MF_S_PRECOPY && now.s_vmm == S_COPYING, false, "rounds copied",
+        source_event(&w, MF_EV_COPIED));
+    /* Mode precopy that does not converge and may become hybrid. */
+    MAY(alive && now.s == MF_S_PRECOPY && now.s_vmm == S_COPYING && now.confirm_first, false,
+        "precopy becomes hybrid", w.confirm_first = false;
+        source_event(&w, MF_EV_COPIED));
     MAY(alive && now.s_vmm == S_PREPARING, false, "guest paused", w.s_vmm = S_PAUSED;
         source_event(&w, MF_EV_VMM_PAUSED));
     /* QEMU says so once the destination has loaded. */
@@ -434,8 +461,8 @@ static void source_vmm(void)
         source_event(&w, MF_EV_VMM_GONE));
     MAY(alive && now.finish_later, false, "VM was ended", w.finish_later = false;
         source_event(&w, MF_EV_VMM_GONE));
-    MAY(alive && (now.s_vmm == S_PREPARING || now.s_vmm == S_PAUSED || now.s_vmm == S_SENDING ||
-                  now.s_vmm == S_RETURNING || now.s_vmm == S_QUITTING),
+    MAY(alive && (now.s_vmm == S_COPYING || now.s_vmm == S_PREPARING || now.s_vmm == S_PAUSED ||
+                  now.s_vmm == S_SENDING || now.s_vmm == S_RETURNING || now.s_vmm == S_QUITTING),
         true, "source's VM fails", w.s_vmm = S_BROKEN;
         source_event(&w, MF_EV_VMM_FAILED));
     /* The stream of a link that is gone breaks off. */
@@ -463,8 +490,9 @@ static void destination_vmm(void)
     MAY(alive && now.d_vmm != D_EXITED, true, "destination's target exits", w.d_vmm = D_EXITED;
         destination_event(&w, MF_EV_TARGET_EXITED));
     /* Pages come once they may, and never without a link. */
-    MAY(alive && !now.confirmed && now.released && now.d_open && !now.broken &&
-            mf_state_released((enum mf_state)now.d),
+    MAY(alive && !now.confirmed && now.d_open && !now.broken &&
+            ((now.released && mf_state_released((enum mf_state)now.d)) ||
+             (now.confirming && now.s_open)),
         false, "all pages confirmed", w.confirmed = true;
         destination_event(&w, MF_EV_CONFIRMED_ALL));
 }
@@ -507,6 +535,9 @@ static void explores_everything(void **state)
     bool s_seen[MF_STATES] = {false}, d_seen[MF_STATES] = {false};
     struct world start = {.s = MF_S_CONNECTING, .d = MF_D_WAITING, .s_connecting = true};
     node_of(&start, "start");
+    start.confirm_first = true;
+    node_of(&start, "start in mode precopy");
+    expanding = true;
     for (here = 0; here < node_count; here++) {
         now = nodes[here].world;
         from_edges = edge_count;
