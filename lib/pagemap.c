@@ -22,8 +22,8 @@ int mf_pagemap_open(int pid, struct mf_error *err)
     return fd;
 }
 
-int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
-                       uint64_t page_bytes, uint8_t *written)
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                    uint64_t page_bytes, uint8_t *pages)
 {
     struct page_region found[REGIONS_A_CALL];
     const uint64_t end = start_addr + length_bytes;
@@ -36,8 +36,8 @@ int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_byte
             .end = end,
             .vec = (uint64_t)(uintptr_t)found,
             .vec_len = REGIONS_A_CALL,
-            .category_mask = PAGE_IS_WRITTEN,
-            .return_mask = PAGE_IS_WRITTEN,
+            .category_anyof_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+            .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
         };
         long count = ioctl(pagemap_fd, PAGEMAP_SCAN, &scan);
         if (count < 0)
@@ -46,7 +46,11 @@ int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_byte
             /* On huge pages a region may begin and end within one. */
             uint64_t first = (found[i].start - start_addr) / page_bytes;
             uint64_t last = (found[i].end - 1 - start_addr) / page_bytes;
-            memset(written + first, 1, last - first + 1);
+            const uint8_t bits =
+                (uint8_t)((found[i].categories & PAGE_IS_WRITTEN ? MF_PAGEMAP_WRITTEN : 0) |
+                          (found[i].categories & PAGE_IS_PRESENT ? MF_PAGEMAP_PRESENT : 0));
+            for (uint64_t page = first; page <= last; page++)
+                pages[page] |= bits;
         }
         if (scan.walk_end <= at)
             break;

@@ -16,12 +16,15 @@
 /** mf_pagemap_open() - /proc/PID/pagemap for scanning. Return: a descriptor (the caller's) or -errno. */
 int mf_pagemap_open(int pid, struct mf_error *err);
 
+#define MF_PAGEMAP_WRITTEN 0x01u /**< since it was last protected; also what was never protected */
+#define MF_PAGEMAP_PRESENT 0x02u /**< mapped by the target, so certainly no hole of the file */
+
 /**
- * mf_pagemap_written() - mark the written pages of [@start_addr, +@length_bytes).
+ * mf_pagemap_scan() - what is so of the pages of [@start_addr, +@length_bytes).
  * @page_bytes: of the region.
- * @written:    one byte a page, set to 1 where written and left alone elsewhere.
+ * @pages:      one byte a page, to which MF_PAGEMAP_… bits are added.
  * An address that is not watched is an error, never "not written".
  * Return: 0 or -errno (-ESRCH: the process is gone; -EPERM: a part is not watched). Thread-safe.
  */
-int mf_pagemap_written(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
-                       uint64_t page_bytes, uint8_t *written);
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                    uint64_t page_bytes, uint8_t *pages);

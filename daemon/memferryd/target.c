@@ -155,7 +155,7 @@ int target_track(struct session *session, struct mf_error *err)
     uint8_t written = 0;
     const uint64_t page_bytes = session->region[mappings[0].region].page_bytes;
     if (r == 0) {
-        r = mf_pagemap_written(session->pagemap_fd, mappings[0].start_addr, page_bytes, page_bytes,
+        r = mf_pagemap_scan(session->pagemap_fd, mappings[0].start_addr, page_bytes, page_bytes,
                                &written);
         if (r < 0)
             r = mf_fail(err, -r, "this kernel can't say which pages were written "

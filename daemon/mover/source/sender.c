@@ -128,17 +128,16 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     const struct mover *mover = s->mover;
     const uint64_t page_bytes = mover->region[region].page_bytes;
     struct mf_range ranges[16];
-    memset(s->written, 0, pages);
-    s->written_first = first;
+    memset(s->seen, 0, pages);
+    s->seen_first = first;
     unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, 16);
     int r = found > 16 || found == 0 ? -E2BIG : 0;
     for (unsigned i = 0; r == 0 && i < found; i++)
-        r = mf_pagemap_written(mover->pagemap_fd, ranges[i].start_addr, ranges[i].length_bytes,
-                               page_bytes,
-                               s->written + (ranges[i].offset_bytes / page_bytes - first));
+        r = mf_pagemap_scan(mover->pagemap_fd, ranges[i].start_addr, ranges[i].length_bytes,
+                            page_bytes, s->seen + (ranges[i].offset_bytes / page_bytes - first));
     if (r < 0)
-        memset(s->written, 1, pages);
+        memset(s->seen, MF_PAGEMAP_WRITTEN, pages);
 }
 
 /*
@@ -153,7 +152,7 @@ static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t p
     const struct region *r = &s->mover->region[region];
     const uint8_t copied = mf_page_load(&s->mover->view.pages[region], page) & MF_PAGE_COPY_MASK;
     const bool zero = reads_as_zeros(s, r, page);
-    if (copied && !s->written[page - s->written_first]) {
+    if (copied && !(s->seen[page - s->seen_first] & MF_PAGEMAP_WRITTEN)) {
         if (copied == (zero ? MF_PAGE_COPIED_ZERO : MF_PAGE_COPIED))
             return MF_FRAME_CURRENT;
     } else if (copied) {
@@ -207,13 +206,16 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
  * A hole must not even be read: reading it through a mapping would allocate it. SEEK_HOLE would
  * name the end of the data in one call, but it looks at every page up to the next hole, which in a
  * well filled guest is most of its RAM; asked for every chunk that took more time than everything
- * else together. SEEK_DATA stops at the first page it finds, so it is asked page by page. hugetlbfs
- * knows no SEEK_DATA and calls everything data.
+ * else together. SEEK_DATA stops at the first page it finds, so it is asked page by page, and not about pages that
+ * a scan of the VM's page tables has just found mapped. hugetlbfs knows no SEEK_DATA and calls everything data.
  */
-static int next_extent(const struct region *r, uint64_t page, uint64_t end, bool *data,
-                       uint64_t *until)
+static int next_extent(const struct sender *s, const struct region *r, uint64_t page, uint64_t end,
+                       bool *data, uint64_t *until)
 {
+    const bool tracked = s->mover->pagemap_fd >= 0;
     for (uint64_t at = page;; at++) {
+        if (tracked && at < end && (s->seen[at - s->seen_first] & MF_PAGEMAP_PRESENT))
+            continue; /* the VM maps it: no hole */
         off_t found = at < end ? lseek(r->fd, (off_t)(at * r->page_bytes), SEEK_DATA) : -1;
         if (found < 0 && at < end && errno != ENXIO)
             return -errno;
@@ -236,7 +238,7 @@ int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     while (page < end) {
         bool data = false;
         uint64_t until = end;
-        int result = next_extent(r, page, end, &data, &until);
+        int result = next_extent(s, r, page, end, &data, &until);
         if (result == 0)
             result = data ? offer_present(s, region, page, until, again)
                           : put_answer(s, MF_FRAME_ZERO, true, region, page, until - page, again);
@@ -318,21 +320,24 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
 {
     const struct region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
-    if (all)
-        memset(s->written, 1, pages);
-    else
-        look_for_writes(s, region, first, pages);
-    if (!all && !memchr(s->written, 1, pages))
+    look_for_writes(s, region, first, pages);
+    bool any = all;
+    for (uint64_t i = 0; i < pages; i++) {
+        if (all)
+            s->seen[i] |= MF_PAGEMAP_WRITTEN;
+        any = any || (s->seen[i] & MF_PAGEMAP_WRITTEN);
+    }
+    if (!any)
         return 0;
     for (uint64_t page = first; page < end;) {
         bool data = false;
         uint64_t until = end;
-        int result = next_extent(r, page, end, &data, &until);
+        int result = next_extent(s, r, page, end, &data, &until);
         if (result == 0 && !data)
             result = take_back(s, region, page, until - page, 0);
         for (uint64_t at = page; result == 0 && data && at < until;) {
             uint64_t run = at;
-            while (at < until && s->written[at - first])
+            while (at < until && (s->seen[at - first] & MF_PAGEMAP_WRITTEN))
                 at++;
             if (at > run)
                 result = copy_run(s, region, run, at);
