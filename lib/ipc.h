@@ -96,7 +96,7 @@ struct mf_ipc {
         uint8_t cancelled;         /**< SEND_ABORT, PEER_ABORT */
         uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
-    char text[768]; /**< as long as an error's sentence */
+    char text[896]; /**< at least as long as an error's sentence */
 };
 
 /** mf_ipc_send() - one message with @fd (-1: none; the caller keeps it). Return: 0 or -errno. */

@@ -66,11 +66,14 @@ void control_writable(struct mover *mover)
 void control_flush(struct mover *mover, int timeout_ms)
 {
     struct control_connection *c = &mover->link.control;
-    if (c->fd < 0 || c->out_have == 0)
+    if (c->fd < 0)
         return;
     struct pollfd wait = {.fd = c->fd, .events = POLLOUT};
-    if (poll(&wait, 1, timeout_ms) > 0)
+    if (c->out_have > 0 && poll(&wait, 1, timeout_ms) > 0)
         control_writable(mover);
+    wait.events = POLLRDHUP;
+    if (c->last_word && c->out_have == 0)
+        poll(&wait, 1, timeout_ms);
 }
 
 void control_send(struct mover *mover, const Memferry__Peer__Message *message)
@@ -138,6 +141,7 @@ void control_send_abort(struct mover *mover, const char *reason, bool cancelled)
     message.body_case = MEMFERRY__PEER__MESSAGE__BODY_ABORT;
     message.abort = &abort_message;
     control_send(mover, &message);
+    mover->link.control.last_word = mover->link.control.fd >= 0;
 }
 
 static uint64_t allocated_bytes(const struct mover *mover)

@@ -44,6 +44,7 @@ struct control_connection {
     int fd; /**< -1: none */
     uint8_t *in, *out;
     size_t in_have, in_room, out_have, out_room;
+    bool last_word; /**< an abort was sent: the peer hangs up when it has read it */
 };
 
 /** struct tunnel - the VMM's device stream, both ways: [0] local socket, [1] the peer. */
@@ -189,7 +190,8 @@ void control_send_missing(struct mover *mover);
 void control_readable(struct mover *mover);
 void control_writable(struct mover *mover);
 /** control_flush() - try, for at most @timeout_ms, to get everything out (before a link is
- * dropped). */
+ * dropped); an abort is also left the time to be read, for another connection that ends may
+ * overtake it. */
 void control_flush(struct mover *mover, int timeout_ms);
 void control_close(struct control_connection *control);
 
