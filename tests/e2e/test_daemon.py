@@ -137,3 +137,28 @@ def killed_destination_daemon_keeps_guest(sandbox):
     need(not pair.destination.console.wrong(), f"the guest read {pair.destination.console.wrong()}")
     need([name for name in open_files(pair.destination.pid) if "userfaultfd" in name],
          "nothing holds the guest's faults any more")
+
+
+@e2e()
+def destination_out_of_memory(sandbox):
+    """The destination's tmpfs fills up while pages follow: the reason says so, and room is all it takes."""
+    mount = os.path.join(sandbox.path, "small")
+    os.mkdir(mount)
+    run("mount", "-t", "tmpfs", "-o", "size=256m", "none", mount)
+    pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=160, destination={"backends": (mount,)})
+    verb = pair.begin()
+    pair.b.wait_state(pair.name, "postcopy")
+    hog = os.path.join(mount, "hog")
+    with open(hog, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 65536)
+        except OSError:
+            pass
+    wait_until(lambda: "No space left" in pair.b.status(pair.name)["reason"], 20,
+               "the destination says that its memory is full")
+    need("free memory" in pair.b.status(pair.name)["reason"], "the reason should say what to do")
+    os.unlink(hog)
+    pair.check_done(pair.finish(verb).json)
+    pair.check_arrived()
+    pair.forget()

@@ -87,6 +87,10 @@ void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool
 /** land_zero() - a ZERO frame. */
 void land_zero(struct resolver *resolver, const struct mf_frame *frame);
 
+/** land_failed() - @error, an -errno of landing a frame, ends the link: what is not known to be
+ * here is asked for again over the next one. Says that it is memory that lacks. Return: @error. */
+int land_failed(struct mover *mover, int error);
+
 /** land_count_missing() - @pages have become resolvable; tells the main thread at the last one. */
 void land_count_missing(struct mover *mover, uint64_t pages);
 
