@@ -7,6 +7,7 @@ import test_daemon  # noqa: F401 (importing a module registers its tests)
 import test_faults  # noqa: F401
 import test_migrate  # noqa: F401
 import test_preflight  # noqa: F401
+import test_systemd  # noqa: F401
 from harness.testing import run_one, tests
 
 def main():
