@@ -137,6 +137,8 @@ def check_mover(pair, host, vm):
     need(status["CapPrm"].strip("0") == "" and status["NoNewPrivs"] == "1" and status["Seccomp"] == "2",
          f"the mover kept privileges: {status}")
     need(os.sched_getscheduler(pid) == os.SCHED_RR, "the mover has no real-time priority")
+    need(int(status["Seccomp_filters"]) > int(status_of(host.process.pid)["Seccomp_filters"]),
+         "the mover has no filter of its own")
     # It is moved there once it has its orders.
     wait_until(lambda: cgroup_of(pid) == cgroup_of(vm.pid), 5, "the mover is in the cgroup of its VM")
 
