@@ -4,9 +4,10 @@ import os
 import time
 
 from common import SLOW_MBIT, Pair, need
+from harness import wire
 from harness.artifacts import program
 from harness.host import LeakCheck, open_files, registered_mappings
-from harness.net import enter_namespace
+from harness.net import Relay, enter_namespace
 from harness.sandbox import run, wait_until
 from harness.testing import e2e
 from harness.vm import Vm
@@ -160,5 +161,26 @@ def destination_out_of_memory(sandbox):
     need("free memory" in pair.b.status(pair.name)["reason"], "the reason should say what to do")
     os.unlink(hog)
     pair.check_done(pair.finish(verb).json)
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def forgotten_while_link_is_lost(sandbox):
+    """The last word to the source is lost, and the destination forgets: the source hears of it later."""
+    pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=32)
+    relay = Relay(sandbox, pair.network.names["a"], (pair.b.address, 7466))
+    verb = pair.begin(to=relay.address)
+    pair.b.wait_state(pair.name, "postcopy")
+    relay.stalled_kinds = {wire.CONTROL}
+    pair.b.wait_state(pair.name, ("drained", "done"))
+    relay.stalled = True
+    relay.cut()
+    pair.b.wait_state(pair.name, "done")
+    pair.b.expect(0, "forget", pair.name)
+    relay.stalled_kinds = set()
+    relay.stalled = False
+    need(pair.finish(verb).json["state"] == "done", "the source should be done")
+    pair.check_source_quit()
     pair.check_arrived()
     pair.forget()
