@@ -167,6 +167,11 @@ static int on_last(struct migration *m, const Memferry__Control__Reply *reply)
         code = leave(m, code, reply->error[0] ? reply->error : "the migration failed");
         if (session && session->guest_safe_at_source && has_ended(session))
             fprintf(stderr, "memferry: the guest is safe: it is still here, at the source\n");
+        else if (session && session->released && has_ended(session))
+            fprintf(stderr,
+                    "memferry: the guest had changed hosts already and is not started again here: "
+                    "see what became of the VM at %s before you do anything with the one here\n",
+                    session->peer);
         return code;
     }
     if (m->args->json)

@@ -100,15 +100,17 @@ static void round_figures(const struct progress *progress,
              show_bytes(session->round_left_bytes).text, rate, written, end);
 }
 
-/* "440 MiB of 1.0 GiB  812 MiB/s  1,234 faults  3.0 s left" */
+/* "440 MiB of 1.0 GiB  812 MiB/s  1,234 faults  3.0 s left"; @brief: without "of 1.0 GiB". */
 static void figures(const struct progress *progress, const Memferry__Control__Session *session,
-                    const char *separator, char *out, size_t out_bytes)
+                    const char *separator, bool brief, char *out, size_t out_bytes)
 {
     if (in_rounds(session)) {
         round_figures(progress, session, separator, out, out_bytes);
         return;
     }
-    char left[48] = "", rate[48] = "";
+    char left[48] = "", rate[48] = "", whole[48] = "";
+    if (!brief)
+        snprintf(whole, sizeof(whole), " of %s", show_bytes(session->ram_bytes).text);
     if (progress->sent.known)
         snprintf(rate, sizeof(rate), "%s%s/s", separator,
                  show_bytes((uint64_t)progress->sent.per_second).text);
@@ -118,9 +120,9 @@ static void figures(const struct progress *progress, const Memferry__Control__Se
         if (seconds < 86400)
             snprintf(left, sizeof(left), "%s%s left", separator, show_us(seconds * 1e6).text);
     }
-    snprintf(out, out_bytes, "%s of %s%s%s%s faults%s", show_bytes(session->confirmed_bytes).text,
-             show_bytes(session->ram_bytes).text, rate, separator,
-             show_count(session->faults ? session->faults->count : 0).text, left);
+    snprintf(out, out_bytes, "%s%s%s%s%s faults%s", show_bytes(session->confirmed_bytes).text,
+             whole, rate, separator, show_count(session->faults ? session->faults->count : 0).text,
+             left);
 }
 
 static int terminal_columns(void)
@@ -131,18 +133,31 @@ static int terminal_columns(void)
     return size.ws_col;
 }
 
+#define BAR_LEAST_COLUMNS 6
+#define BAR_MOST_COLUMNS 30
+
+/* Columns that are left for the bar beside @text; µ has two bytes and one column, which is near
+ * enough. */
+static int bar_room(const Memferry__Control__Session *session, const char *text, int columns)
+{
+    int used = snprintf(NULL, 0, "%s  %-10s  %3d %%  %s", session->name, session->state,
+                        (int)(show_share(session) * 100), text);
+    int room = columns - 1 - used - 4;
+    return room > BAR_MOST_COLUMNS ? BAR_MOST_COLUMNS : room;
+}
+
 static void draw_bar(struct progress *progress, const Memferry__Control__Session *session)
 {
     char text[256], line[512], bar[64] = "";
-    figures(progress, session, "  ", text, sizeof(text));
     int columns = terminal_columns();
-    /* µ has two bytes and one column; the bar gives way first, then the end of the line. */
-    int used = snprintf(line, sizeof(line), "%s  %-10s  %3d %%  %s", session->name, session->state,
-                        (int)(show_share(session) * 100), text);
-    int room = columns - 1 - used - 4;
-    if (room > 30)
-        room = 30;
-    if (room >= 6) {
+    figures(progress, session, "  ", false, text, sizeof(text));
+    int room = bar_room(session, text, columns);
+    /* Where it is narrow the total gives way first, then the bar, then the end of the line. */
+    if (room < BAR_LEAST_COLUMNS) {
+        figures(progress, session, "  ", true, text, sizeof(text));
+        room = bar_room(session, text, columns);
+    }
+    if (room >= BAR_LEAST_COLUMNS) {
         int full = (int)(show_share(session) * room);
         bar[0] = '[';
         for (int i = 0; i < room; i++)
@@ -165,7 +180,7 @@ static void draw_bar(struct progress *progress, const Memferry__Control__Session
 static void print_line(struct progress *progress, const Memferry__Control__Session *session)
 {
     char text[256];
-    figures(progress, session, ", ", text, sizeof(text));
+    figures(progress, session, ", ", false, text, sizeof(text));
     fprintf(stderr, "%s: %s: %s", session->name, session->state, show_state(session));
     if (session->ram_bytes && session->sent_bytes)
         fprintf(stderr, "; %d %%, %s", (int)(show_share(session) * 100), text);

@@ -117,6 +117,9 @@ static bool is_source(const Session *session)
 
 const char *show_state(const Session *session)
 {
+    if (strcmp(session->state, "failed") == 0 && session->released)
+        return is_source(session) ? "after the guest had left for the other host"
+                                  : "after the guest had come to this host";
     for (size_t i = 0; i < sizeof(state_words) / sizeof(state_words[0]); i++) {
         if (strcmp(session->state, state_words[i].state) == 0)
             return is_source(session) ? state_words[i].source : state_words[i].destination;

@@ -171,7 +171,7 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
         if (session->released)
             fail(c,
                  "the memferryd at %s knows nothing of %s any more: was it restarted? The guest "
-                 "there waits for its memory, so end neither of its two VMs",
+                 "there may wait for its memory, so end neither of the two VMs",
                  c->peer, c->name);
         else
             fail(c,

@@ -124,6 +124,9 @@ static enum mf_preamble_status welcome(struct guest *g, const struct mf_preamble
 {
     if (!mf_versions_meet(preamble->version, preamble->oldest_version))
         return MF_PREAMBLE_VERSION;
+    bool done = false;
+    if (session_remembered(preamble->session_id, &done))
+        return done ? MF_PREAMBLE_DRAINED : MF_PREAMBLE_ENDED;
     struct session *session = session_find(g->listener->daemon, preamble->name);
     if (!session || session->role != MF_DESTINATION || session->starting)
         return MF_PREAMBLE_UNKNOWN_NAME;

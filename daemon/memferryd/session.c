@@ -159,8 +159,41 @@ const struct vmm_ops *session_vmm_ops(const struct session *session)
     return &vmm_qemu;
 }
 
+/* ---- what became of sessions that are gone ---- */
+
+#define EPITAPHS 256u
+
+/* A source that lost its link may come back after the session was forgotten here, or its name given
+ * to another: it still has to hear that it may let its VM go, or try for ever. */
+static struct epitaph {
+    uint8_t id[MF_SESSION_ID_BYTES];
+    bool used, done;
+} epitaphs[EPITAPHS];
+static unsigned next_epitaph;
+
+static void bury(const struct session *session)
+{
+    if (session->role != MF_DESTINATION || !session->id_text[0] || !session_ended(session))
+        return;
+    struct epitaph *e = &epitaphs[next_epitaph++ % EPITAPHS];
+    memcpy(e->id, session->id, sizeof(e->id));
+    e->done = session->state == MF_DONE;
+    e->used = true;
+}
+
+bool session_remembered(const uint8_t id[MF_SESSION_ID_BYTES], bool *done)
+{
+    for (unsigned i = 0; i < EPITAPHS; i++)
+        if (epitaphs[i].used && memcmp(epitaphs[i].id, id, MF_SESSION_ID_BYTES) == 0) {
+            *done = epitaphs[i].done;
+            return true;
+        }
+    return false;
+}
+
 static void destroy(struct session *session)
 {
+    bury(session);
     struct session **at = daemon_sessions(session->daemon);
     while (*at && *at != session)
         at = &(*at)->next;

@@ -189,6 +189,10 @@ void mover_order(struct session *session, const struct mf_ipc *message, int fd);
 void mover_stop(struct session *session);
 bool mover_is_ready(const struct session *session);
 
+/** session_remembered() - has this destination had a session with this @id that has ended and is
+ * gone? @done: whether it ended with all memory here. Of the last 256. */
+bool session_remembered(const uint8_t id[MF_SESSION_ID_BYTES], bool *done);
+
 /* What the supervisor calls, in step.c. */
 void session_on_mover_ready(struct session *session);
 void session_on_mover_message(struct session *session, const struct mf_ipc *message);

@@ -41,7 +41,7 @@ static void tell_peer_abort(struct session *session)
     struct mf_ipc message = {.type = MF_IPC_SEND_ABORT};
     message.cancelled = session->state == MF_CANCELLED || session->state == MF_S_CANCELLING;
     snprintf(message.text, sizeof(message.text), "%s",
-             session->reason[0] ? session->reason : "cancelled by the operator of the peer");
+             session->reason[0] ? session->reason : "cancelled by an operator here");
     bool told = session->link_open && mover_is_ready(session);
     mover_order(session, &message, -1);
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNLINK}, -1);
@@ -480,7 +480,8 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         session_event(session, MF_EV_PEER_DRAINED);
         break;
     case MF_IPC_PEER_ABORT:
-        session_set_reason(session, "%s", message->text);
+        /* Its "here" is not ours. */
+        session_set_reason(session, "the memferryd at %s says: %s", session->peer, message->text);
         session_event(session, message->cancelled ? MF_EV_PEER_CANCELLED : MF_EV_PEER_FAILED);
         break;
     case MF_IPC_ROUND_DONE:

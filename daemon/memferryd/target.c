@@ -201,7 +201,7 @@ int target_room(struct session *session, uint64_t needed_bytes, struct mf_error 
     return mf_fail(err, ENOSPC,
                    "the destination has too little memory for %s: %llu MiB are needed and %llu MiB "
                    "are free where its memory lies; free some there, or enlarge that file system",
-                   session->name, (unsigned long long)(needed_bytes >> 20),
+                   session->name, (unsigned long long)((needed_bytes + 0xfffff) >> 20),
                    (unsigned long long)(room >> 20));
 }
 

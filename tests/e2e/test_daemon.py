@@ -4,9 +4,10 @@ import os
 import time
 
 from common import POSTCOPY, SLOW_MBIT, Pair, need
+from harness import wire
 from harness.artifacts import program
 from harness.host import LeakCheck, open_files, registered_mappings
-from harness.net import enter_namespace
+from harness.net import Relay, enter_namespace
 from harness.sandbox import run, wait_until
 from harness.testing import e2e
 from harness.vm import Vm
@@ -137,3 +138,49 @@ def killed_destination_daemon_keeps_guest(sandbox):
     need(not pair.destination.console.wrong(), f"the guest read {pair.destination.console.wrong()}")
     need([name for name in open_files(pair.destination.pid) if "userfaultfd" in name],
          "nothing holds the guest's faults any more")
+
+
+@e2e()
+def destination_out_of_memory(sandbox):
+    """The destination's tmpfs fills up while pages follow: the reason says so, and room is all it takes."""
+    mount = os.path.join(sandbox.path, "small")
+    os.mkdir(mount)
+    run("mount", "-t", "tmpfs", "-o", "size=256m", "none", mount)
+    pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=160, destination={"backends": (mount,)})
+    verb = pair.begin()
+    pair.b.wait_state(pair.name, "postcopy")
+    hog = os.path.join(mount, "hog")
+    with open(hog, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 65536)
+        except OSError:
+            pass
+    wait_until(lambda: "No space left" in pair.b.status(pair.name)["reason"], 20,
+               "the destination says that its memory is full")
+    need("free memory" in pair.b.status(pair.name)["reason"], "the reason should say what to do")
+    os.unlink(hog)
+    pair.check_done(pair.finish(verb).json)
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def forgotten_while_link_is_lost(sandbox):
+    """The last word to the source is lost, and the destination forgets: the source hears of it later."""
+    pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=32)
+    relay = Relay(sandbox, pair.network.names["a"], (pair.b.address, 7466))
+    verb = pair.begin(to=relay.address)
+    pair.b.wait_state(pair.name, "postcopy")
+    relay.stalled_kinds = {wire.CONTROL}
+    pair.b.wait_state(pair.name, ("drained", "done"))
+    relay.stalled = True
+    relay.cut()
+    pair.b.wait_state(pair.name, "done")
+    pair.b.expect(0, "forget", pair.name)
+    relay.stalled_kinds = set()
+    relay.stalled = False
+    need(pair.finish(verb).json["state"] == "done", "the source should be done")
+    pair.check_source_quit()
+    pair.check_arrived()
+    pair.forget()

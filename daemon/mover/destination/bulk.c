@@ -60,16 +60,6 @@ static void consume(struct bulk *b, size_t bytes)
     memmove(frame_at(b), frame_at(b) + bytes, b->have);
 }
 
-static int no_memory(const struct bulk *b, int error)
-{
-    link_fail(
-        b->mover,
-        "the destination cannot write %s's memory: %s; free memory there, the session goes on "
-        "by itself",
-        b->mover->name, strerror(-error));
-    return error;
-}
-
 /* A huge page goes straight into the second mapping; what came along with the header is moved
  * there. */
 static int receive_huge(struct bulk *b, const struct mf_frame *frame)
@@ -77,7 +67,7 @@ static int receive_huge(struct bulk *b, const struct mf_frame *frame)
     uint8_t *to = NULL;
     int begun = land_begin_huge(&b->resolver, frame, &to);
     if (begun < 0)
-        return no_memory(b, begun);
+        return land_failed(b->mover, begun);
     size_t have = b->have - MF_FRAME_HEADER_BYTES; /* at most one header's worth of payload */
     int r = 1;
     if (to)
@@ -124,7 +114,7 @@ static int one_frame(struct bulk *b)
     case MF_FRAME_DATA:
         r = land_data(&b->resolver, &frame, frame_at(b) + MF_FRAME_HEADER_BYTES);
         if (r < 0)
-            return no_memory(b, r);
+            return land_failed(b->mover, r);
         break;
     case MF_FRAME_ZERO:
         land_zero(&b->resolver, &frame);

@@ -90,6 +90,10 @@ void land_zero(struct resolver *resolver, const struct mf_frame *frame);
 /** land_current() - a CURRENT frame: what lies here is right. */
 void land_current(struct resolver *resolver, const struct mf_frame *frame);
 
+/** land_failed() - @error, an -errno of landing a frame, ends the link: what is not known to be
+ * here is asked for again over the next one. Says that it is memory that lacks. Return: @error. */
+int land_failed(struct mover *mover, int error);
+
 /** land_count_missing() - @pages have become resolvable; tells the main thread at the last one. */
 void land_count_missing(struct mover *mover, uint64_t pages);
 

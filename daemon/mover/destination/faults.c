@@ -190,7 +190,8 @@ static void begin_huge(struct fault_thread *t)
     t->huge = NULL;
     int r = land_begin_huge(&t->resolver, &t->frame, &t->huge);
     if (r < 0) {
-        urgent_broken(t, r == -EFAULT ? "no huge page is free here" : strerror(-r));
+        land_failed(t->mover, r);
+        t->broken = true;
         return;
     }
     if (!t->huge) {
@@ -252,7 +253,8 @@ static void take_frames(struct fault_thread *t)
         else if (t->frame.type == MF_FRAME_CURRENT)
             land_current(&t->resolver, &t->frame);
         if (r < 0) {
-            urgent_broken(t, strerror(-r));
+            land_failed(t->mover, r);
+            t->broken = true;
             return;
         }
         t->in_have -= t->in_need;

@@ -82,6 +82,16 @@ static int store(const struct region *region, uint64_t first, uint64_t pages, co
     return 0;
 }
 
+int land_failed(struct mover *mover, int error)
+{
+    link_fail(
+        mover,
+        "the destination cannot write %s's memory: %s; free memory there, the session goes on "
+        "by itself",
+        mover->name, error == -EFAULT ? "no huge page is free" : strerror(-error));
+    return error;
+}
+
 /* [first, first + pages): claimed by this call. */
 static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t first,
                     uint64_t pages, const uint8_t *from, bool round)
