@@ -14,13 +14,13 @@ from harness.testing import e2e
 from harness.vm import Vm
 
 
-def whole_way(sandbox, **options):
+def whole_way(sandbox, *verb_options, **options):
     pair = Pair(sandbox, **options)
-    pair.migrate()
+    result = pair.migrate(*verb_options)
     pair.check_source_quit()
     pair.check_arrived()
     pair.forget()
-    return pair
+    return pair, result
 
 
 @e2e()
@@ -64,7 +64,7 @@ def migrate_kvm(sandbox):
 @e2e()
 def migrate_two_backends(sandbox):
     """A NUMA guest with two memory backends."""
-    pair = whole_way(sandbox, ram_mib=160, backends=("tmpfs", "tmpfs"), used_mib=200)
+    pair, _ = whole_way(sandbox, ram_mib=160, backends=("tmpfs", "tmpfs"), used_mib=200)
     need(pair.destination.console.beats, "no heartbeat")
 
 
@@ -111,10 +111,14 @@ def compare_files(one, other):
 @e2e()
 def migrate_paused(sandbox):
     """A paused guest with --keep-source: both RAM files must be equal, and it must run on from there."""
+    paused(sandbox)
+
+
+def paused(sandbox, *options):
     pair = Pair(sandbox, ram_mib=96, backends=("tmpfs", "tmpfs"))
     pair.source.qmp("stop")
     time.sleep(0.1)
-    pair.migrate("--keep-source")
+    pair.migrate("--keep-source", *options)
     need(pair.destination.qmp.status() in ("paused", "prelaunch"), "a paused guest should arrive paused, "
          f"it is {pair.destination.qmp.status()}")
     need(pair.source.process.poll() is None, "--keep-source should leave the source's QEMU alone")
@@ -196,10 +200,15 @@ def migrate_to_and_fro(sandbox):
 @e2e()
 def migrate_hugetlbfs(sandbox):
     """RAM on hugetlbfs with pages of 2 MiB."""
+    whole_way(sandbox, backends=(huge_pages(sandbox, 256),), ram_mib=256)
+
+
+def huge_pages(sandbox, mib):
+    """A hugetlbfs with room for two VMs of that size; returns its path."""
     pages_file = "/proc/sys/vm/nr_hugepages"
     with open(pages_file, encoding="ascii") as pages:
         before = pages.read()
-    wanted = 2 * 128 + int(before)
+    wanted = mib + int(before)
     sandbox.on_exit(lambda: put(pages_file, before))
     put(pages_file, str(wanted))
     with open(pages_file, encoding="ascii") as pages:
@@ -208,7 +217,7 @@ def migrate_hugetlbfs(sandbox):
     mount = os.path.join(sandbox.path, "huge")
     os.mkdir(mount)
     run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", mount)
-    whole_way(sandbox, backends=(mount,), ram_mib=256)
+    return mount
 
 
 def put(path, text):

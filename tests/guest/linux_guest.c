@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* The only process (init) of the Linux test guest: the workload on anonymous memory. */
+/* The only process (init) of the Linux test guest: the workload on anonymous memory. Loads
+ * /modules/0.ko, 1.ko... */
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/io.h>
 #include <sys/mman.h>
 #include <sys/reboot.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -59,11 +62,34 @@ static uint32_t *generations(uint32_t pages)
     return map(pages * sizeof(uint32_t));
 }
 
+/* The page that is touched here next is another one of the kernel's, which had anything done to it.
+ */
+static void discard(void *page)
+{
+    madvise(page, GUEST_PAGE_BYTES, MADV_DONTNEED);
+}
+
 static void __attribute__((noreturn)) power_off(void)
 {
     reboot(RB_POWER_OFF);
     for (;;)
         pause();
+}
+
+static void load_modules(void)
+{
+    char path[32];
+    int fd = -1;
+
+    for (unsigned i = 0;; i++) {
+        snprintf(path, sizeof(path), "/modules/%u.ko", i);
+        fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return;
+        if (syscall(SYS_finit_module, fd, "", 0))
+            perror(path);
+        close(fd);
+    }
 }
 
 int main(void)
@@ -72,6 +98,7 @@ int main(void)
         perror("test guest: ioperm");
         return EXIT_FAILURE;
     }
+    load_modules();
     ports_init();
     ticks_per_ms = measure_ticks_per_ms();
     workload_run(&(struct guest_platform){
@@ -82,6 +109,7 @@ int main(void)
         .idle = idle,
         .memory = memory,
         .generations = generations,
+        .discard = discard,
         .poweroff = power_off,
     });
 }

@@ -14,13 +14,15 @@
 
 #define REPORTS_MAX 20u
 
-enum mode { MODE_IDLE, MODE_HOT, MODE_RANDOM, MODE_SEQUENTIAL };
+/* In a page's generation: it holds zeros, not the pattern. */
+#define GENERATION_ZERO 0x80000000u
+
+enum mode { MODE_IDLE, MODE_HOT, MODE_RANDOM, MODE_SEQUENTIAL, MODE_ZEROES };
 
 static const char *const mode_names[] = {
-    [MODE_IDLE] = "idle",
-    [MODE_HOT] = "hot",
-    [MODE_RANDOM] = "random",
-    [MODE_SEQUENTIAL] = "sequential",
+    [MODE_IDLE] = "idle",     [MODE_HOT] = "hot",
+    [MODE_RANDOM] = "random", [MODE_SEQUENTIAL] = "sequential",
+    [MODE_ZEROES] = "zeroes",
 };
 
 struct workload {
@@ -102,7 +104,33 @@ static uint64_t *page_words(const struct workload *w, uint32_t page)
 
 static void page_fill(const struct workload *w, uint32_t page)
 {
-    pattern_fill(page_words(w, page), page, w->generations[page]);
+    uint64_t *words = page_words(w, page);
+
+    if (!(w->generations[page] & GENERATION_ZERO))
+        pattern_fill(words, page, w->generations[page]);
+    else if ((w->generations[page] & 3u) == 0 && w->platform->discard)
+        w->platform->discard(words);
+    else
+        for (uint32_t i = 0; i < PATTERN_WORDS; i++)
+            words[i] = 0;
+}
+
+/* Like pattern_check(), of a page that may be one of zeros. */
+static int contents_check(const struct workload *w, uint32_t page, struct pattern_error *error)
+{
+    const volatile uint64_t *words = page_words(w, page);
+
+    if (!(w->generations[page] & GENERATION_ZERO))
+        return pattern_check(page_words(w, page), page, w->generations[page], error);
+    for (uint32_t i = 0; i < PATTERN_WORDS; i++) {
+        uint64_t found = words[i];
+
+        if (found) {
+            *error = (struct pattern_error){.word = i, .expected = 0, .found = found};
+            return -1;
+        }
+    }
+    return 0;
 }
 
 static void page_check(struct workload *w, uint32_t page)
@@ -111,8 +139,7 @@ static void page_check(struct workload *w, uint32_t page)
     struct text text = {.size = 0};
 
     w->checks++;
-    if (!pattern_check(page_words(w, page), page, w->generations[page], &error) ||
-        ++w->wrong > REPORTS_MAX)
+    if (!contents_check(w, page, &error) || ++w->wrong > REPORTS_MAX)
         return;
     text_add_field(&text, "WRONG page=", page);
     text_add_field(&text, " word=", error.word);
@@ -166,6 +193,7 @@ static void rewrite_one(struct workload *w)
         page = random_below(w, w->pages / 16u + 1u);
         break;
     case MODE_RANDOM:
+    case MODE_ZEROES:
         page = random_below(w, w->pages);
         break;
     case MODE_SEQUENTIAL:
@@ -175,6 +203,10 @@ static void rewrite_one(struct workload *w)
     }
     page_check(w, page);
     w->generations[page]++;
+    if (w->mode == MODE_ZEROES)
+        w->generations[page] ^= GENERATION_ZERO;
+    else
+        w->generations[page] &= ~GENERATION_ZERO;
     page_fill(w, page);
     w->writes++;
 }
@@ -198,7 +230,7 @@ static void verify(struct workload *w)
 
     for (uint32_t page = 0; page < w->pages; page++) {
         page_check(w, page);
-        sum += w->generations[page];
+        sum += w->generations[page] & ~GENERATION_ZERO;
         beat(w);
     }
     if (sum != w->writes) {
@@ -260,7 +292,8 @@ static void start(struct workload *w, const char *arguments)
     if (!w->pages || !w->memory || !w->generations || !set_mode(w, word_after(arguments))) {
         w->pages = 0;
         w->mode = MODE_IDLE;
-        say_word(w, "ERROR start MIB idle|hot|random|sequential RATE: bad argument or no memory");
+        say_word(
+            w, "ERROR start MIB idle|hot|random|sequential|zeroes RATE: bad argument or no memory");
         return;
     }
     for (uint32_t page = 0; page < w->pages; page++) {

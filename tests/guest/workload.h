@@ -13,7 +13,8 @@
  *   VERIFIED pages=N wrong=N           answer to `verify`
  *   QUIET / MODE / STATS ... / BYE     answers to the other commands
  * Commands, one line each:
- *   start MIB MODE RATE   fill MIB mebibytes, then work; MODE: idle, hot, random, sequential;
+ *   start MIB MODE RATE   fill MIB mebibytes, then work; MODE: idle, hot, random, sequential,
+ *                         zeroes (pages change between the pattern and zeros);
  *                         RATE: pages rewritten a second, 0 as many as go
  *   mode MODE RATE        from now on
  *   quiet                 stop rewriting and checking, only heartbeats
@@ -36,6 +37,7 @@ struct guest_platform {
     void (*idle)(uint64_t until_ticks);           /**< nothing to do until then */
     void *(*memory)(uint32_t pages);              /**< room for that many pages, or null */
     uint32_t *(*generations)(uint32_t pages);     /**< zeroed room for that many counters */
+    void (*discard)(void *page); /**< give a page back, it reads as zeros; or null */
     void (*poweroff)(void) __attribute__((noreturn));
 };
 

@@ -77,35 +77,69 @@ def guest_kernel():
         return _fetch_kernel()
 
 
+# What a balloon takes, in the order of loading.
+BALLOON_MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
+                   "virtio_balloon")
+
+
+def balloon_modules():
+    """Paths of the guest kernel's modules that make a balloon, in the order of loading."""
+    release = os.path.basename(guest_kernel()).partition("-")[2]
+    kept = os.path.join(cache_directory(), f"modules-{release}")
+    with _CacheLock():
+        installed = f"/lib/modules/{release}/kernel/drivers/virtio"
+        for directory in (kept, installed):
+            paths = [os.path.join(directory, f"{name}.ko") for name in BALLOON_MODULES]
+            if all(map(os.path.exists, paths)):
+                return paths
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as work:
+            _unpack_kernel(f"linux-image-{release}", work)
+            found = glob.glob(os.path.join(work, "root", "**", "kernel", "drivers", "virtio"), recursive=True)
+            if not found or not all(os.path.exists(os.path.join(found[0], f"{name}.ko"))
+                                    for name in BALLOON_MODULES):
+                raise Skip(f"the package linux-image-{release} has no virtio_balloon.ko")
+            shutil.move(found[0], kept)
+    return [os.path.join(kept, f"{name}.ko") for name in BALLOON_MODULES]
+
+
+def _unpack_kernel(package, work):
+    """Download a package and unpack it into work/root."""
+    got = run("apt-get", "-o", "APT::Sandbox::User=root", "download", package, cwd=work, check=False,
+              timeout=300)
+    packages = glob.glob(os.path.join(work, "*.deb"))
+    if got.returncode or not packages:
+        raise Skip(f"no guest kernel: the package {package} can't be downloaded (no network?)")
+    run("dpkg-deb", "-x", packages[0], os.path.join(work, "root"), timeout=120)
+
+
 def _fetch_kernel():
     depends = run("apt-cache", "depends", "linux-image-cloud-amd64", check=False).stdout
     match = re.search(r"Depends: (linux-image-\S+)", depends)
     if not match:
         raise Skip("no guest kernel: apt knows no linux-image-cloud-amd64 (run apt-get update)")
     with tempfile.TemporaryDirectory(dir=cache_directory()) as work:
-        got = run("apt-get", "-o", "APT::Sandbox::User=root", "download", match[1], cwd=work,
-                  check=False, timeout=300)
-        packages = glob.glob(os.path.join(work, "*.deb"))
-        if got.returncode or not packages:
-            raise Skip(f"no guest kernel: the package {match[1]} can't be downloaded (no network?)")
-        run("dpkg-deb", "-x", packages[0], os.path.join(work, "root"), timeout=120)
+        _unpack_kernel(match[1], work)
         image = glob.glob(os.path.join(work, "root", "boot", "vmlinuz-*"))[0]
         path = os.path.join(cache_directory(), os.path.basename(image))
         shutil.move(image, path)
     return path
 
 
-def initramfs(directory):
-    """An initramfs with nothing but the Linux test guest as /init; returns its path."""
-    path = os.path.join(directory, "initramfs")
+def initramfs(directory, modules=()):
+    """An initramfs with the Linux test guest as /init and the kernel modules it loads; returns its path."""
+    path = os.path.join(directory, "initramfs" + ("-modules" if modules else ""))
     if not os.path.exists(path):
-        root = os.path.join(directory, "initramfs.d")
+        root = path + ".d"
         os.makedirs(os.path.join(root, "dev"))
+        os.mkdir(os.path.join(root, "modules"))
+        for index, module in enumerate(modules):
+            shutil.copy(module, os.path.join(root, "modules", f"{index}.ko"))
         shutil.copy(guest_program("guest-linux"), os.path.join(root, "init"))
         os.mknod(os.path.join(root, "dev", "console"), 0o600 | 0o020000, os.makedev(5, 1))
         with open(path, "wb") as out:
             subprocess.run(["cpio", "--quiet", "-o", "-H", "newc"], cwd=root, check=True, stdout=out,
-                           input=b".\ndev\ndev/console\ninit\n")
+                           input="\n".join([".", "dev", "dev/console", "init", "modules"] + [
+                               f"modules/{index}.ko" for index in range(len(modules))]).encode() + b"\n")
     return path
 
 

@@ -8,6 +8,7 @@ import time
 from .sandbox import PREFIX, run
 
 CLONE_NEWNET = 0x40000000
+KIND_BULK = 4
 KIND_OFFSET = 32  # of the connection's kind in the preamble (proto/frame.h)
 
 
@@ -75,7 +76,8 @@ class Relay:
     A TCP relay in host a's namespace: clients connect to 127.0.0.1:port there, it connects on to the
     target. Every connection is numbered from 0 in the order of arrival. It can be told to
       stalled: pass nothing on (connections stay open); stalled_kinds: the same for connections of these
-      kinds (wire.CONTROL...), after their preambles; delay_s: hold everything that long,
+      kinds (wire.CONTROL...), after their preambles; stalled_streams: of bulk connections those of these
+      numbers; delay_s: hold everything that long,
       corrupt_after: {connection: byte offset} flip one bit of what the client sends,
       cut_after: {connection: byte offset} close there.
     """
@@ -83,6 +85,7 @@ class Relay:
     def __init__(self, sandbox, namespace, target, port=7466):
         self.stalled = False
         self.stalled_kinds = set()
+        self.stalled_streams = set()
         self.delay_s = 0.0
         self.corrupt_after = {}
         self.cut_after = {}
@@ -91,6 +94,7 @@ class Relay:
         self._target = target
         self._pairs = []
         self._kinds = {}
+        self._streams = {}
         self._closed = False
         self._listener = socket_in(namespace)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,7 +131,10 @@ class Relay:
             while data := source.recv(262144):
                 if forward and not passed:
                     self._kinds[number] = int.from_bytes(data[KIND_OFFSET:KIND_OFFSET + 2], "little")
-                while (self.stalled or passed and self._kinds.get(number) in self.stalled_kinds) \
+                    if self._kinds[number] == KIND_BULK:
+                        self._streams[number] = int.from_bytes(data[KIND_OFFSET + 2:KIND_OFFSET + 4], "little")
+                while (self.stalled or passed and (self._kinds.get(number) in self.stalled_kinds or
+                                                   self._streams.get(number) in self.stalled_streams)) \
                         and not self._closed:
                     time.sleep(0.005)
                 if self.delay_s:

@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 
-from .artifacts import QemuBuild, guest_kernel, guest_program, initramfs
+from .artifacts import QemuBuild, balloon_modules, guest_kernel, guest_program, initramfs
 from .console import Console
 from .net import enter_namespace
 from .sandbox import HarnessError, wait_until
@@ -63,18 +63,20 @@ class Vm:
                directory (hugetlbfs);
                None given: QEMU's own default.
     ram_id:    the backends are called ram0, ram1...
+    balloon:   a virtio balloon, and the guest loads its driver.
     incoming:  wait for a migration instead of booting, and then for `cont` unless autostart.
     """
 
     def __init__(self, sandbox, host, name, guest="linux", accel="tcg", ram_mib=256,
                  backends=("tmpfs",), incoming=False, autostart=False, sandboxed=False, qemu=None,
-                 ram_id="ram", extra=()):
+                 ram_id="ram", balloon=False, extra=()):
         self.sandbox = sandbox
         self.name = name
         self.guest = guest
         self.ram_mib = ram_mib
         self.ram_files = []
         self.ram_id = ram_id
+        self.modules = balloon_modules() if balloon else ()
         directory = tempfile.mkdtemp(prefix=f"{host.side}-{name}-", dir=sandbox.path)
         self.log = os.path.join(directory, "qemu.log")
         self.kernel_log = os.path.join(directory, "kernel.log")
@@ -97,6 +99,8 @@ class Vm:
         if sandboxed:
             command += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,"
                                     "resourcecontrol=deny"]
+        if balloon:
+            command += ["-device", "virtio-balloon-pci,id=balloon0"]
         if incoming:
             command += ["-incoming", "defer"] + ["-S"] * (not autostart)
         command += list(extra)
@@ -134,8 +138,14 @@ class Vm:
     def _firmware(self):
         if self.guest == "bare":
             return ["-bios", guest_program("guest-bare.bin"), "-device", "isa-debug-exit,iobase=0xf4"]
-        return ["-kernel", guest_kernel(), "-initrd", initramfs(self.sandbox.path),
+        return ["-kernel", guest_kernel(), "-initrd", initramfs(self.sandbox.path, self.modules),
                 "-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"]
+
+    def inflate(self, guest_mib, seconds=20):
+        """Set the balloon so that the guest is left with guest_mib, and wait until it is."""
+        self.qmp("balloon", value=guest_mib << 20)
+        wait_until(lambda: self.qmp("query-balloon")["actual"] == guest_mib << 20, seconds,
+                   f"the guest's balloon leaves it {guest_mib} MiB")
 
     @property
     def pid(self):
