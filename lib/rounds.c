@@ -43,9 +43,10 @@ uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
         return 0;
     if (r->pages == 0)
         return 1;
-    double dirty_pages = (double)mf_rounds_dirty_rate(r) * (double)r->duration_ns / 1e9;
-    double ns_a_page = (double)r->duration_ns / (double)r->pages;
-    return (uint64_t)(dirty_pages * ns_a_page) + 1;
+    /* A guest that writes few pages over and over dirties them all in a round much shorter than the one
+     * before: as many as were copied are expected to be dirty again, more where the round was longer. */
+    double longer = r->duration_ns > r->before_ns ? (double)r->duration_ns / (double)r->before_ns : 1;
+    return (uint64_t)(longer * (double)r->duration_ns) + 1;
 }
 
 static enum mf_rounds_next decide(const struct mf_rounds *r)
