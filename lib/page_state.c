@@ -56,6 +56,37 @@ uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bo
     return was;
 }
 
+uint64_t mf_page_mark_sent(const struct mf_pages *pages, uint64_t first, uint64_t count)
+{
+    const uint64_t copies = UINT64_C(0x0101010101010101) * MF_PAGE_COPY_MASK;
+    const uint64_t sent = UINT64_C(0x0101010101010101) * MF_PAGE_SENT;
+    uint64_t changed = 0, page = first, end = first + count;
+    while (page < end) {
+        if (page % 8 == 0 && end - page >= 8) {
+            uint64_t unsent =
+                atomic_load_explicit(word_at(pages, page), memory_order_relaxed) & copies;
+            if (atomic_compare_exchange_strong_explicit(word_at(pages, page), &unsent,
+                                                        unsent | sent, memory_order_relaxed,
+                                                        memory_order_relaxed)) {
+                changed += 8;
+                page += 8;
+                continue;
+            }
+        }
+        uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+        while (mf_page_state_of(was) == MF_PAGE_UNSENT) {
+            if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was,
+                                                      (uint8_t)(was | MF_PAGE_SENT),
+                                                      memory_order_relaxed, memory_order_relaxed)) {
+                changed++;
+                break;
+            }
+        }
+        page++;
+    }
+    return changed;
+}
+
 void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t copied)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed), next;

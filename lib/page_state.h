@@ -92,6 +92,10 @@ uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
  *  mf_page_confirm. */
 uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bool landed);
 
+/** mf_page_mark_sent() - source: UNSENT → SENT over a run; what the destination holds stays noted.
+ *  Return: how many pages changed. */
+uint64_t mf_page_mark_sent(const struct mf_pages *pages, uint64_t first, uint64_t count);
+
 /** mf_page_set_copied() - source: note what the destination holds: MF_PAGE_COPIED, MF_PAGE_COPIED_ZERO or 0. */
 void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t copied);
 

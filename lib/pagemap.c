@@ -28,6 +28,7 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
     struct page_region found[REGIONS_A_CALL];
     const uint64_t end = start_addr + length_bytes;
     uint64_t at = start_addr;
+    memset(pages, MF_PAGEMAP_WRITTEN, length_bytes / page_bytes);
     while (at < end) {
         struct pm_scan_arg scan = {
             .size = sizeof(scan),
@@ -36,24 +37,25 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
             .end = end,
             .vec = (uint64_t)(uintptr_t)found,
             .vec_len = REGIONS_A_CALL,
-            .category_anyof_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
-            .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+            /* A protected page that is not mapped any more has a marker, which counts as swapped. */
+            .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         };
         long count = ioctl(pagemap_fd, PAGEMAP_SCAN, &scan);
         if (count < 0)
             return -errno;
         for (long i = 0; i < count; i++) {
-            /* On huge pages a region may begin and end within one. */
-            uint64_t first = (found[i].start - start_addr) / page_bytes;
-            uint64_t last = (found[i].end - 1 - start_addr) / page_bytes;
+            /* Only pages that lie in it as a whole. */
+            uint64_t first = (found[i].start - start_addr + page_bytes - 1) / page_bytes;
+            uint64_t last = (found[i].end - start_addr) / page_bytes;
             const uint8_t bits =
                 (uint8_t)((found[i].categories & PAGE_IS_WRITTEN ? MF_PAGEMAP_WRITTEN : 0) |
                           (found[i].categories & PAGE_IS_PRESENT ? MF_PAGEMAP_PRESENT : 0));
-            for (uint64_t page = first; page <= last; page++)
-                pages[page] |= bits;
+            for (uint64_t page = first; page < last; page++)
+                pages[page] = bits;
         }
         if (scan.walk_end <= at)
-            break;
+            return -EIO;
         at = scan.walk_end;
     }
     return 0;

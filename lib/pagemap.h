@@ -22,9 +22,11 @@ int mf_pagemap_open(int pid, struct mf_error *err);
 /**
  * mf_pagemap_scan() - what is so of the pages of [@start_addr, +@length_bytes).
  * @page_bytes: of the region.
- * @pages:      one byte a page, to which MF_PAGEMAP_… bits are added.
- * An address that is not watched is an error, never "not written".
- * Return: 0 or -errno (-ESRCH: the process is gone; -EPERM: a part is not watched). Thread-safe.
+ * @pages:      one byte a page; overwritten with MF_PAGEMAP_… bits.
+ * A page is "not written" only where the kernel says so of all of it; whatever it is silent about (unmapped, never
+ * touched) counts as written.
+ * Return: 0 or -errno (-ESRCH: the process is gone; -EPERM: a part is not watched); @pages then says nothing.
+ * Thread-safe.
  */
 int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
                     uint64_t page_bytes, uint8_t *pages);

@@ -42,7 +42,7 @@ uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
     if (r->round < 2)
         return 0;
     if (r->pages == 0)
-        return 1;
+        return r->duration_ns;
     /* A guest that writes few pages over and over dirties them all in a round much shorter than the one
      * before: as many as were copied are expected to be dirty again, more where the round was longer. */
     double longer = r->duration_ns > r->before_ns ? (double)r->duration_ns / (double)r->before_ns : 1;
@@ -55,7 +55,7 @@ static enum mf_rounds_next decide(const struct mf_rounds *r)
         return r->mode == MF_PRECOPY ? MF_ROUNDS_FALL_BACK : MF_ROUNDS_SWITCH;
     if (r->mode == MF_PRECOPY) {
         uint64_t blackout_ns = mf_rounds_expected_blackout_ns(r);
-        if (blackout_ns && (blackout_ns <= r->max_blackout_ns || r->pages < MF_ROUNDS_FEW_PAGES))
+        if (blackout_ns && blackout_ns <= r->max_blackout_ns)
             return MF_ROUNDS_SWITCH;
         if (r->max_rounds && r->round >= r->max_rounds)
             return MF_ROUNDS_FALL_BACK;

@@ -43,7 +43,8 @@ enum mf_rounds_next mf_rounds_done(struct mf_rounds *rounds, unsigned round, uin
  *  one before ran. 0 before the second round's end. */
 uint64_t mf_rounds_dirty_rate(const struct mf_rounds *rounds);
 
-/** mf_rounds_expected_blackout_ns() - how long sending what is dirty by now would take. 0: not known yet. */
+/** mf_rounds_expected_blackout_ns() - how long it would take by now to send what is dirty and to confirm
+ *  everything. 0: not known yet. */
 uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *rounds);
 
 /** mf_mode_name() / mf_mode_of() - "hybrid", "postcopy", "precopy". mf_mode_of: 0 or -EINVAL; NULL and ""

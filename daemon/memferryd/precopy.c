@@ -61,7 +61,9 @@ static void begin_round(struct session *session)
 
 void precopy_begin(struct session *session)
 {
-    if (session->rounds.mode == MF_POSTCOPY) {
+    if (session->rounds.switch_now && session->rounds.mode == MF_PRECOPY)
+        session->rounds.mode = MF_HYBRID;
+    if (session->rounds.mode == MF_POSTCOPY || session->rounds.switch_now) {
         session_event(session, MF_EV_COPIED);
         return;
     }

@@ -111,7 +111,7 @@ static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
     }
     if (session->role == MF_SOURCE && !session->released) {
         session_set_reason(session,
-                           "the device state did not reach the destination's VM within %d s",
+                           "the destination did not take over within %d s",
                            SWITCHOVER_TIMEOUT_S);
         session_event(session, MF_EV_VMM_FAILED);
         return;
@@ -219,6 +219,8 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         precopy_begin(session);
         break;
     case MF_ACT_CONFIRM:
+        arm_vm_timer(session, SWITCHOVER_TIMEOUT_S +
+                                  10 * (unsigned)(session->rounds.max_blackout_ns / 1000000000u));
         precopy_confirm(session);
         break;
     case MF_ACT_SEND_CONFIRMED:

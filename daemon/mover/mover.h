@@ -100,6 +100,7 @@ struct sweep {
     bool released;                  /**< or told to confirm before RELEASE: the sweep may begin */
     uint32_t round;                 /**< of precopy; 0: none yet */
     bool in_round;                  /**< the present pass is a precopy round */
+    uint32_t finished;              /**< threads that have sent this round's barrier */
     _Atomic bool cut;               /**< no further chunk in this round */
     uint64_t round_began_ns;
     _Atomic uint64_t pace_bits_s;   /**< limit of all bulk threads together; 0: none */

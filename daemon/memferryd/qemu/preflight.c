@@ -191,6 +191,12 @@ static int judge_backend(struct judge *j, json_t *backend)
             "writes never reaches the file; %s",
             id, j->vm, remedy);
 
+    if (json_is_true(json_object_get(backend, "discard-data")))
+        return mf_fail(j->err, ENOTSUP,
+                       "RAM '%s' of VM '%s' has discard-data=on: when its QEMU ends, its memory is "
+                       "thrown away, perhaps before all of it has been sent; start it without",
+                       id, j->vm);
+
     struct vmm_backend *out = &j->info->backends[j->info->backend_count];
     if (size <= 0 || !*path || strlen(path) >= sizeof(out->path) || strlen(id) >= sizeof(out->id))
         return mf_fail(
@@ -290,8 +296,17 @@ static int note_direct_io(struct judge *j)
         const char *name = json_string_value(json_object_get(node, "node-name"));
         if (json_is_true(json_object_get(json_object_get(node, "cache"), "direct"))) {
             snprintf(j->info->direct_io, sizeof(j->info->direct_io), "%s", name ? name : "?");
-            break;
+            return 0;
         }
+    }
+    /* These hand guest pages to the host's SCSI layer themselves. */
+    static const char *const passing[] = {"scsi-block", "scsi-generic", "vhost-scsi"};
+    json_array_foreach(j->replies->devices, at, node)
+    {
+        const char *type = json_string_value(json_object_get(node, "type"));
+        for (size_t i = 0; type && i < sizeof(passing) / sizeof(passing[0]); i++)
+            if (strncmp(type, passing[i], strlen(passing[i])) == 0)
+                snprintf(j->info->direct_io, sizeof(j->info->direct_io), "%s", type);
     }
     return 0;
 }

@@ -48,7 +48,8 @@ static bool child_type(const char *type, char *out, size_t size)
     return true;
 }
 
-static const char *const backend_properties[] = {"share", "size", "mem-path", "container"};
+static const char *const backend_properties[] = {"share", "size", "mem-path", "container",
+                                                 "discard-data"};
 #define BACKEND_PROPERTIES (sizeof(backend_properties) / sizeof(backend_properties[0]))
 
 static int keep_objects(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err)

@@ -271,6 +271,20 @@ void land_zero(struct resolver *resolver, const struct mf_frame *frame)
     land_count_missing(mover, confirmed);
 }
 
+/* Not what another thread is landing at this moment: the guest could write to it under that thread's hands. */
+static void resolve_confirmed(struct resolver *resolver, uint32_t region, uint64_t page,
+                              uint64_t end)
+{
+    const struct mf_pages *states = &resolver->mover->view.pages[region];
+    while (page < end) {
+        uint8_t state = 0;
+        uint64_t run = mf_page_run_of(states, MF_PAGE_STATE_MASK, page, end, &state);
+        if (state == MF_PAGE_CONFIRMED)
+            resolve_run(resolver, region, page, run);
+        page += run;
+    }
+}
+
 void land_current(struct resolver *resolver, const struct mf_frame *frame)
 {
     const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
@@ -283,7 +297,7 @@ void land_current(struct resolver *resolver, const struct mf_frame *frame)
         uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED, page, end, &landed);
         confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
         if (landed)
-            resolve_run(resolver, frame->region, page, run);
+            resolve_confirmed(resolver, frame->region, page, page + run);
         page += run;
     }
     land_count_missing(resolver->mover, confirmed);

@@ -90,8 +90,7 @@ static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint
                       uint64_t first, uint64_t pages, bool again)
 {
     struct mf_figures *figures = s->mover->figures;
-    uint64_t fresh =
-        mf_page_confirm_empty(&s->mover->view.pages[region], first, pages, NULL, NULL);
+    uint64_t fresh = mf_page_mark_sent(&s->mover->view.pages[region], first, pages);
     if (fresh == 0 && !again)
         return 0;
     if (type == MF_FRAME_DATA)
@@ -128,15 +127,24 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     const struct mover *mover = s->mover;
     const uint64_t page_bytes = mover->region[region].page_bytes;
     struct mf_range ranges[16];
+    uint8_t *one = s->seen_once;
     memset(s->seen, 0, pages);
     s->seen_first = first;
     unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, 16);
-    int r = found > 16 || found == 0 ? -E2BIG : 0;
-    for (unsigned i = 0; r == 0 && i < found; i++)
+    int r = found > 16 ? -E2BIG : 0;
+    uint64_t covered = 0;
+    for (unsigned i = 0; r == 0 && i < found; i++) {
+        const uint64_t at = ranges[i].offset_bytes / page_bytes - first;
+        const uint64_t count = ranges[i].length_bytes / page_bytes;
         r = mf_pagemap_scan(mover->pagemap_fd, ranges[i].start_addr, ranges[i].length_bytes,
-                            page_bytes, s->seen + (ranges[i].offset_bytes / page_bytes - first));
-    if (r < 0)
+                            page_bytes, one);
+        /* Written in one mapping is written. */
+        for (uint64_t page = 0; r == 0 && page < count; page++)
+            s->seen[at + page] |= one[page];
+        covered += count;
+    }
+    if (r < 0 || covered < pages)
         memset(s->seen, MF_PAGEMAP_WRITTEN, pages);
 }
 
@@ -150,12 +158,13 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
 static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t page)
 {
     const struct region *r = &s->mover->region[region];
-    const uint8_t copied = mf_page_load(&s->mover->view.pages[region], page) & MF_PAGE_COPY_MASK;
+    const uint8_t byte = mf_page_load(&s->mover->view.pages[region], page);
+    const uint8_t copied = byte & MF_PAGE_COPY_MASK;
     const bool zero = reads_as_zeros(s, r, page);
     if (copied && !(s->seen[page - s->seen_first] & MF_PAGEMAP_WRITTEN)) {
         if (copied == (zero ? MF_PAGE_COPIED_ZERO : MF_PAGE_COPIED))
             return MF_FRAME_CURRENT;
-    } else if (copied) {
+    } else if (copied && mf_page_state_of(byte) == MF_PAGE_UNSENT) {
         count(&s->mover->figures->dirty_pages, 1);
     }
     return zero ? MF_FRAME_ZERO : MF_FRAME_DATA;

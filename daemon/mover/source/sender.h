@@ -29,6 +29,7 @@ struct sender {
     unsigned iovecs;
     uint64_t batch_bytes;
     uint64_t seen_first;
+    uint8_t seen_once[SENDER_CHUNK_PAGES];
     uint8_t seen[SENDER_CHUNK_PAGES]; /**< MF_PAGEMAP_… of the pages looked at now, from seen_first on */
     uint8_t look[65536] __attribute__((aligned(64))); /**< a piece of a huge page */
     uint8_t header[SENDER_FRAMES][MF_FRAME_HEADER_BYTES];

@@ -122,6 +122,7 @@ void sweep_round(struct mover *mover)
     pthread_mutex_lock(&sweep->lock);
     sweep->round++;
     sweep->in_round = true;
+    sweep->finished = 0;
     atomic_store(&sweep->cut, false);
     sweep->round_began_ns = mf_now_ns();
     pthread_cond_broadcast(&sweep->changed);
@@ -138,7 +139,8 @@ void sweep_round_landed(struct mover *mover, uint32_t round)
     struct sweep *sweep = &mover->sweep;
     struct mf_ipc done = {.type = MF_IPC_ROUND_DONE};
     pthread_mutex_lock(&sweep->lock);
-    bool ours = sweep->in_round && sweep->round == round;
+    bool ours = sweep->in_round && sweep->round == round &&
+                sweep->finished == mover->link.streams;
     if (ours) {
         sweep->in_round = false;
         prepare_pass(sweep);
@@ -149,6 +151,8 @@ void sweep_round_landed(struct mover *mover, uint32_t round)
     pthread_mutex_unlock(&sweep->lock);
     if (ours)
         mover_tell(mover, &done);
+    else
+        link_fail(mover, "the destination acknowledged a round that has not ended");
 }
 
 void sweep_set_pace(struct mover *mover, uint64_t bits_s)
@@ -265,6 +269,12 @@ static int one_pass(struct sender *sender, uint32_t pass)
             return r;
     }
     int r = sender_barrier(sender, round ? round : pass);
+    if (r == 0 && round) {
+        /* Counted before it is out, for the answer may come at once. */
+        pthread_mutex_lock(&sweep->lock);
+        sweep->finished++;
+        pthread_mutex_unlock(&sweep->lock);
+    }
     return r < 0 ? r : sender_flush(sender);
 }
 
