@@ -132,7 +132,8 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     s->seen_first = first;
     unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, 16);
-    int r = found > 16 ? -E2BIG : 0;
+    /* The successor of a mover may have no VM to look at any more, and yet copies to answer for. */
+    int r = mover->pagemap_fd < 0 ? -EBADF : found > 16 ? -E2BIG : 0;
     uint64_t covered = 0;
     for (unsigned i = 0; r == 0 && i < found; i++) {
         const uint64_t at = ranges[i].offset_bytes / page_bytes - first;
@@ -242,8 +243,7 @@ int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     const struct region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     uint64_t page = first;
-    if (s->mover->pagemap_fd >= 0)
-        look_for_writes(s, region, first, pages);
+    look_for_writes(s, region, first, pages);
     while (page < end) {
         bool data = false;
         uint64_t until = end;
