@@ -1,0 +1,1004 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The way of every page from precopy rounds to the end, by the mover's own code (sender.c, land.c,
+ * resolve.c, fault_table.c, the page states, the frames), against a model of memory: at the end,
+ * and whenever the guest looks, a page at the destination must be what it was at the source when
+ * the guest was frozen, or what the guest made of it since.
+ *
+ * Everything runs in one thread, and chance decides who goes next: threads of both movers, the
+ * guest, discards, the loss of the link, a crash. In the middle of what one does others may come in
+ * at every call that matters (precopy_hooks.h). RAM is real memory of this process; userfaultfd,
+ * PAGEMAP_SCAN and the sockets are modelled as doc/kernel.md describes them. Connections keep their
+ * order, and nothing else does.
+ *
+ * A failure prints its seed; MF_SEED=that MF_RUNS=1 repeats it. Runs: MF_RUNS, else 3000.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "daemon/mover/destination/destination.h"
+#include "daemon/mover/source/sender.h"
+#include "lib/pagemap.h"
+#include "lib/uffd.h"
+#include "lib/util.h"
+#include "tests/unit/precopy_hooks.h"
+#undef pwrite
+#undef lseek
+#undef memcpy
+#undef pread
+#undef madvise
+#undef fallocate
+#undef mf_is_zero
+#undef mf_page_claim
+#undef mf_page_confirm
+#undef mf_page_unclaim
+#undef mf_page_land_unconfirmed
+#undef mf_page_mark_sent
+#undef mf_page_set_copied
+#undef mf_page_run_of
+#undef mf_page_confirm_empty
+#undef mf_page_discard_finish
+
+#define REGIONS 2u /* small pages, and "huge" ones */
+#define SMALL_MOST 72u
+#define HUGE_MOST 3u
+#define HUGE_BYTES SENDER_BATCH_BYTES /* the least of which a frame carries one */
+#define FILE_BYTES (HUGE_MOST * HUGE_BYTES)
+#define MOST SMALL_MOST
+#define MAPS 2u /* each region is mapped twice on each host */
+#define CHUNK 16u
+#define STREAMS_MOST 3u
+#define URGENT STREAMS_MOST /* the connection behind the bulk ones */
+#define QUEUE_BYTES (8u << 20)
+
+enum phase { ROUNDS, FROZEN, RELEASED, SETTLING };
+enum actor {
+    SOURCE_BULK,
+    SOURCE_URGENT = STREAMS_MOST,
+    DEST_BULK,
+    DEST_FAULTS = DEST_BULK + STREAMS_MOST,
+    ACTORS
+};
+
+struct page_at {
+    uint32_t region;
+    uint64_t page;
+};
+
+static struct mover source, dest;
+static struct mf_figures source_figures, dest_figures;
+static struct fault_table table;
+static struct sender *sender[STREAMS_MOST + 1];
+static _Alignas(8) _Atomic uint8_t source_state[REGIONS][MOST], dest_state[REGIONS][MOST];
+static uint8_t *guest_memory[REGIONS]; /* the source's RAM as its guest writes it */
+static uint8_t *expected[REGIONS];     /* what the destination's guest must find */
+
+static struct {
+    uint8_t *bytes;
+    size_t have, taken;
+} queue[STREAMS_MOST + 1];
+static struct page_at requests[4096];
+static unsigned request_count;
+
+static bool written[REGIONS][MAPS][MOST]; /* at the source, since it was protected */
+static bool present[REGIONS][MAPS][MOST]; /* at the source: in the page table */
+static bool mapped[REGIONS][MAPS][MOST];  /* at the destination */
+static bool waiting[REGIONS][MAPS][MOST], wanted[REGIONS][MAPS][MOST];
+static struct {
+    struct page_at at;
+    unsigned map;
+} fault[REGIONS * MAPS * MOST];
+static unsigned fault_count;
+
+static enum phase phase;
+static unsigned streams, round_number, rounds_wanted;
+static bool confirm_first, tracked, source_vm_gone, cut, chunk_taken[REGIONS][MOST],
+    barrier_out[STREAMS_MOST];
+static bool guest_runs_there, broken, may_discard, may_break, may_crash;
+static unsigned barriers, protect_fails_in, hook_rate, depth;
+static bool busy[ACTORS];
+static jmp_buf crashed;
+static bool crash_armed;
+static unsigned weight[ACTORS + 3];
+static uint64_t pass;
+
+static uint64_t seed, random_state;
+
+static uint32_t below(uint32_t limit)
+{
+    random_state += UINT64_C(0x9e3779b97f4a7c15);
+    uint64_t z = random_state;
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return (uint32_t)((z ^ (z >> 31)) >> 32) % limit;
+}
+
+static bool trace;
+#define TRACE(...)                                                                                 \
+    do {                                                                                           \
+        if (trace)                                                                                 \
+            fprintf(stderr, __VA_ARGS__);                                                          \
+    } while (0)
+
+static _Noreturn void fail(const char *what, uint32_t region, uint64_t page)
+{
+    fprintf(stderr,
+            "%s: region %u page %llu, source state %#x, destination state %#x, phase %u, round %u\n"
+            "repeat it with MF_SEED=%llu MF_RUNS=1 (MF_TRACE=1 tells the story)\n",
+            what, region, (unsigned long long)page, source_state[region][page],
+            dest_state[region][page], phase, round_number, (unsigned long long)seed);
+    exit(1);
+}
+
+static void must(bool condition, const char *what, uint32_t region, uint64_t page)
+{
+    if (!condition)
+        fail(what, region, page);
+}
+
+/* ---- addresses: a region's mapping m begins at (region * MAPS + m + 1) << 32 ---- */
+
+static uint64_t address(uint32_t region, unsigned map)
+{
+    return (uint64_t)(region * MAPS + map + 1) << 32;
+}
+
+static unsigned decode(uint64_t addr, uint32_t *region, uint64_t *page)
+{
+    unsigned index = (unsigned)(addr >> 32) - 1;
+    *region = index / MAPS;
+    *page = (addr & UINT32_MAX) / source.region[*region].page_bytes;
+    return index % MAPS;
+}
+
+/* ---- what the mover's code calls ---- */
+
+static void somebody_else(void);
+
+void model_hook(void)
+{
+    if (below(hook_rate) != 0)
+        return;
+    if (crash_armed && may_crash && phase == RELEASED && below(40) == 0)
+        longjmp(crashed, 1);
+    if (depth >= 3)
+        return;
+    depth++;
+    for (unsigned n = 1 + below(3); n > 0; n--)
+        somebody_else();
+    depth--;
+}
+
+static bool is_huge_file(int fd)
+{
+    return fd == source.region[1].fd || fd == dest.region[1].fd;
+}
+
+off_t model_lseek(int fd, off_t offset_bytes, int whence)
+{
+    model_hook();
+    if (is_huge_file(fd) && whence == SEEK_DATA) /* as hugetlbfs: everything is data */
+        return offset_bytes;
+    return lseek(fd, offset_bytes, whence);
+}
+
+/* Short writes let others see a page that is half there. */
+ssize_t model_pwrite(int fd, const void *from, size_t length_bytes, off_t offset_bytes)
+{
+    model_hook();
+    if (may_break && phase >= RELEASED && below(200) == 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    size_t part = below(2) ? length_bytes : 1 + below((uint32_t)length_bytes);
+    return pwrite(fd, from, part, offset_bytes);
+}
+
+void *model_memcpy(void *to, const void *from, size_t length_bytes)
+{
+    const size_t half = length_bytes / 2;
+    memcpy(to, from, half);
+    model_hook();
+    memcpy((uint8_t *)to + half, (const uint8_t *)from + half, length_bytes - half);
+    model_hook();
+    return to;
+}
+
+int ring_send_all(struct io_uring *ring, int fd, struct msghdr *msg)
+{
+    (void)ring;
+    if (queue[fd].taken == queue[fd].have &&
+        !busy[fd == (int)URGENT ? DEST_FAULTS : DEST_BULK + fd])
+        queue[fd].have = queue[fd].taken = 0;
+    for (size_t i = 0; i < msg->msg_iovlen; i++) {
+        const struct iovec *v = &msg->msg_iov[i];
+        if (queue[fd].have + v->iov_len > QUEUE_BYTES)
+            fail("the model's queue is full", 0, 0);
+        for (size_t at = 0; at < v->iov_len;) {
+            size_t part = v->iov_len > 65536 ? v->iov_len / 2 : 2048;
+            part = part < v->iov_len - at ? part : v->iov_len - at;
+            memcpy(queue[fd].bytes + queue[fd].have, (uint8_t *)v->iov_base + at, part);
+            queue[fd].have += part;
+            at += part;
+            if (v->iov_len > MF_FRAME_HEADER_BYTES)
+                model_hook(); /* the guest may change the other half of the page */
+        }
+    }
+    return broken ? -EPIPE : 0;
+}
+
+void sweep_pace(struct mover *mover, uint64_t bytes)
+{
+    (void)mover;
+    (void)bytes;
+}
+
+void mover_wake(struct mover *mover)
+{
+    (void)mover;
+}
+
+void link_fail(struct mover *mover, const char *fmt, ...)
+{
+    (void)mover;
+    (void)fmt;
+    broken = true;
+}
+
+void mover_fatal(const char *fmt, ...)
+{
+    fail(fmt, 0, 0);
+}
+
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
+                    uint8_t *out)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    if (pagemap_fd < 0 || source_vm_gone)
+        return -ESRCH;
+    for (uint64_t i = 0; i < length_bytes / page_bytes; i++) {
+        model_hook();
+        out[i] = (uint8_t)((written[region][map][first + i] ? MF_PAGEMAP_WRITTEN : 0) |
+                           (present[region][map][first + i] ? MF_PAGEMAP_PRESENT : 0));
+    }
+    return 0;
+}
+
+int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    (void)uffd;
+    for (uint64_t i = 0; i < length_bytes / source.region[region].page_bytes; i++) {
+        model_hook();
+        if (protect_fails_in && --protect_fails_in == 0)
+            return -ENOENT;
+        written[region][map][first + i] = false;
+    }
+    return 0;
+}
+
+static bool is_hole(const struct region *r, uint64_t page)
+{
+    off_t at = (off_t)(page * r->page_bytes);
+    off_t found = lseek(r->fd, at, SEEK_DATA);
+    return found < 0 || (uint64_t)found / r->page_bytes != page;
+}
+
+static void let_guest_have(uint32_t region, unsigned map, uint64_t page)
+{
+    must(mf_page_resolvable(dest_state[region][page]), "resolved before it is confirmed (I1)",
+         region, page);
+    mapped[region][map][page] = true;
+    waiting[region][map][page] = false;
+}
+
+int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    (void)uffd;
+    const struct region *r = &dest.region[region];
+    *done_bytes = 0;
+    for (uint64_t page = first; page < first + length_bytes / r->page_bytes; page++) {
+        model_hook();
+        int error = mapped[region][map][page] ? -EEXIST : is_hole(r, page) ? -EFAULT : 0;
+        if (error)
+            return *done_bytes ? -EAGAIN : error;
+        let_guest_have(region, map, page);
+        *done_bytes += r->page_bytes;
+    }
+    return 0;
+}
+
+int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes)
+{
+    uint32_t region;
+    uint64_t page;
+    unsigned map = decode(start_addr, &region, &page);
+    const struct region *r = &dest.region[region];
+    (void)uffd;
+    model_hook();
+    if (mapped[region][map][page] || !is_hole(r, page))
+        return -EEXIST;
+    if (fallocate(r->fd, FALLOC_FL_KEEP_SIZE, (off_t)(page * r->page_bytes), r->page_bytes) != 0)
+        fail("out of memory", region, page);
+    let_guest_have(region, map, page);
+    *done_bytes = length_bytes;
+    return 0;
+}
+
+int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    (void)uffd;
+    for (uint64_t i = 0; i < length_bytes / dest.region[region].page_bytes; i++)
+        waiting[region][map][first + i] = false;
+    return 0;
+}
+
+static void nothing(void *arg)
+{
+    (void)arg;
+}
+
+/* ---- the guests ---- */
+
+static void any_page(uint32_t *region, uint64_t *page)
+{
+    *region = source.region[1].pages && below(6) == 0;
+    /* A hot set, so that a page meets several things. */
+    uint64_t limit = source.region[*region].pages;
+    *page = below(2) ? below((uint32_t)(limit < 6 ? limit : 6)) : below((uint32_t)limit);
+}
+
+static void scribble(uint8_t *at, uint32_t page_bytes)
+{
+    const uint64_t value = below(UINT32_MAX) + 1u;
+    const uint32_t places[] = {0, page_bytes / 2, page_bytes - 8};
+    if (below(4) == 0) {
+        memset(at, 0, page_bytes);
+        return;
+    }
+    uint32_t which = below(4);
+    for (uint32_t i = 0; i < 3; i++)
+        if (which == 3 || which == i)
+            memcpy(at + places[i], &value, sizeof(value));
+}
+
+static void punch_file(const struct region *r, uint64_t page)
+{
+    if (fallocate(r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * r->page_bytes),
+                  r->page_bytes) != 0)
+        fail("cannot punch", 0, page);
+}
+
+static void guest_at_source(void)
+{
+    uint32_t region;
+    uint64_t page;
+    any_page(&region, &page);
+    const struct region *r = &source.region[region];
+    uint8_t *at = guest_memory[region] + page * r->page_bytes;
+    const unsigned map = below(MAPS);
+    switch (below(8)) {
+    case 0: /* a balloon, or free page reporting */
+        for (uint64_t n = 1 + below(3); n > 0 && page < r->pages; n--, page++) {
+            TRACE("  guest punches %u:%llu\n", region, (unsigned long long)page);
+            punch_file(r, page);
+            for (unsigned m = 0; m < MAPS; m++)
+                present[region][m][page] = false;
+        }
+        break;
+    case 1: /* it reads: a hole becomes a page of zeros, and is not "written" */
+        TRACE("  guest reads %u:%llu\n", region, (unsigned long long)page);
+        (void)*(volatile uint8_t *)at;
+        present[region][map][page] = true;
+        break;
+    default:
+        TRACE("  guest writes %u:%llu\n", region, (unsigned long long)page);
+        written[region][map][page] = present[region][map][page] = true;
+        scribble(at, r->page_bytes);
+    }
+}
+
+static void look(uint32_t region, uint64_t page)
+{
+    const struct region *r = &dest.region[region];
+    if (memcmp(r->map + page * r->page_bytes, expected[region] + page * r->page_bytes,
+               r->page_bytes) != 0)
+        fail("the guest finds something else", region, page);
+}
+
+static void guest_at_destination(void)
+{
+    uint32_t region;
+    uint64_t page;
+    any_page(&region, &page);
+    unsigned map = below(MAPS);
+    const struct region *r = &dest.region[region];
+    if (!mapped[region][map][page]) {
+        wanted[region][map][page] = true;
+        if (waiting[region][map][page])
+            return;
+        TRACE("  guest faults on %u:%llu\n", region, (unsigned long long)page);
+        waiting[region][map][page] = true;
+        fault[fault_count].at = (struct page_at){region, page};
+        fault[fault_count++].map = map;
+        return;
+    }
+    wanted[region][map][page] = false;
+    if (!guest_runs_there)
+        return; /* the VMM loads device state */
+    look(region, page);
+    if (below(2)) {
+        TRACE("  guest there writes %u:%llu\n", region, (unsigned long long)page);
+        scribble(expected[region] + page * r->page_bytes, r->page_bytes);
+        memcpy(r->map + page * r->page_bytes, expected[region] + page * r->page_bytes,
+               r->page_bytes);
+    }
+}
+
+/* ---- threads of the destination's mover ---- */
+
+static struct resolver resolver_of(bool urgent)
+{
+    return (struct resolver){
+        .mover = &dest, .table = &table, .on_event = nothing, .urgent = urgent};
+}
+
+static void land(unsigned connection)
+{
+    struct resolver resolver = resolver_of(connection == URGENT);
+    struct mf_frame frame;
+    const char *why = NULL;
+    const size_t have = queue[connection].have - queue[connection].taken;
+    if (have < MF_FRAME_HEADER_BYTES)
+        return;
+    uint8_t *at = queue[connection].bytes + queue[connection].taken;
+    if (mf_frame_decode(at, &frame, &why) < 0 ||
+        mf_frame_check(&frame, dest.frame_region, dest.region_count, true, &why) < 0)
+        fail(why, frame.region, frame.first_page);
+    if (have < MF_FRAME_HEADER_BYTES + frame.length_bytes)
+        return; /* the rest is still under way */
+    queue[connection].taken += MF_FRAME_HEADER_BYTES + frame.length_bytes;
+    const uint8_t *payload = at + MF_FRAME_HEADER_BYTES;
+    TRACE("  connection %u brings %u flags %u %u:%llu+%llu\n", connection, frame.type, frame.flags,
+          frame.region, (unsigned long long)frame.first_page, (unsigned long long)frame.pages);
+    must(phase >= FROZEN || (frame.flags & MF_FRAME_FLAG_ROUND), "confirmed while the guest runs",
+         frame.region, frame.first_page);
+    must(phase == ROUNDS || !(frame.flags & MF_FRAME_FLAG_ROUND), "a late frame of a round (I7)",
+         frame.region, frame.first_page);
+    if (frame.type == MF_FRAME_BARRIER) {
+        must(frame.first_page == (phase == ROUNDS ? round_number : pass),
+             "a barrier of another pass", 0, 0);
+        barriers++;
+    } else if (frame.type == MF_FRAME_DATA && frame.region == 1) {
+        uint8_t *to = NULL;
+        bool arrives = !(may_break && phase == RELEASED && below(10) == 0);
+        if (land_begin_huge(&resolver, &frame, &to) < 0)
+            fail("no memory", frame.region, frame.first_page);
+        for (uint32_t part = 0; to && part < (arrives ? 4u : 2u); part++) {
+            memcpy(to + part * (HUGE_BYTES / 4), payload + part * (HUGE_BYTES / 4), HUGE_BYTES / 4);
+            model_hook();
+        }
+        if (to)
+            land_end_huge(&resolver, &frame, arrives);
+        broken |= !arrives;
+    } else if (frame.type == MF_FRAME_DATA) {
+        if (land_data(&resolver, &frame, payload) < 0)
+            broken = true;
+    } else if (frame.type == MF_FRAME_ZERO) {
+        land_zero(&resolver, &frame);
+    } else {
+        land_current(&resolver, &frame);
+    }
+}
+
+/* As faults.c's serve(). */
+static void serve_fault(void)
+{
+    unsigned which = below(fault_count), map = fault[which].map;
+    struct page_at at = fault[which].at;
+    fault[which] = fault[--fault_count];
+    struct resolver resolver = resolver_of(true);
+    const struct mf_pages *states = &dest.view.pages[at.region];
+    uint8_t byte = mf_page_load(states, at.page);
+    if (!waiting[at.region][map][at.page])
+        return;
+    if (!mf_page_resolvable(byte)) {
+        if (byte & MF_PAGE_FAULTED)
+            return;
+        fault_table_add(&table, at.region, at.page, 1);
+        model_hook();
+        byte = mf_page_fault(states, at.page);
+        if (!mf_page_resolvable(byte)) {
+            requests[request_count++] = at;
+            return;
+        }
+        fault_table_take(&table, at.region, at.page);
+    }
+    resolve_page(&resolver, at.region, at.page);
+}
+
+/* As the guest's balloon and faults.c's discard_range(): QEMU punches, then the event is read. */
+static void discard(void)
+{
+    struct resolver resolver = resolver_of(true);
+    uint32_t region;
+    uint64_t page;
+    any_page(&region, &page);
+    const struct region *r = &dest.region[region];
+    TRACE("  discard %u:%llu\n", region, (unsigned long long)page);
+    punch_file(r, page);
+    memset(expected[region] + page * r->page_bytes, 0, r->page_bytes);
+    for (unsigned map = 0; map < MAPS; map++)
+        mapped[region][map][page] = false;
+    uint8_t was = mf_page_discard(&dest.view.pages[region], page);
+    if (mf_page_state_of(was) == MF_PAGE_LANDING)
+        return;
+    if (was & MF_PAGE_FAULTED) {
+        resolve_wake(&resolver, region, page);
+        resolve_done(&resolver, region, page);
+    }
+    land_count_missing(&dest, !mf_page_resolvable(was));
+}
+
+static void fault_thread(void)
+{
+    if (guest_runs_there && may_discard && below(30) == 0)
+        discard();
+    else if (fault_count && below(2))
+        serve_fault();
+    else
+        land(URGENT);
+}
+
+/* ---- threads of the source's mover ---- */
+
+static void sweep_step(unsigned stream)
+{
+    struct sender *s = sender[stream];
+    const bool round = phase == ROUNDS;
+    if (barrier_out[stream] || phase == SETTLING || broken)
+        return;
+    if (phase == FROZEN && !confirm_first)
+        return;
+    s->round = round;
+    uint32_t region = source.region[1].pages && below(6) == 0;
+    for (unsigned tries = 0; tries < REGIONS && !(round && cut); tries++, region ^= 1u) {
+        const uint64_t pages = source.region[region].pages;
+        const uint32_t chunks = (uint32_t)((pages + CHUNK - 1) / CHUNK);
+        if (chunks == 0)
+            continue;
+        const uint32_t begin = below(chunks);
+        for (uint32_t i = 0; i < chunks; i++) {
+            const uint32_t chunk = (begin + i) % chunks;
+            if (chunk_taken[region][chunk])
+                continue;
+            chunk_taken[region][chunk] = true;
+            const uint64_t first = chunk * CHUNK,
+                           end = first + CHUNK < pages ? first + CHUNK : pages;
+            TRACE("  stream %u takes %u:%llu\n", stream, region, (unsigned long long)first);
+            if (round) {
+                sender_round(s, region, first, end - first, round_number == 1);
+                return;
+            }
+            const struct mf_pages part = {.state = source_state[region], .count = end};
+            uint64_t at = first, run;
+            while ((run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0) {
+                if (sender_pages(s, region, at, run, false) < 0)
+                    return;
+                at += run;
+            }
+            return;
+        }
+    }
+    barrier_out[stream] = true;
+    sender_barrier(s, round ? round_number : (uint32_t)pass);
+    sender_flush(s);
+}
+
+static void answer_step(void)
+{
+    struct sender *s = sender[URGENT];
+    if (phase < FROZEN || request_count == 0 || broken)
+        return; /* requests wait in the socket */
+    struct page_at at = requests[0];
+    memmove(&requests[0], &requests[1], --request_count * sizeof(requests[0]));
+    TRACE("  answers %u:%llu\n", at.region, (unsigned long long)at.page);
+    if (sender_pages(s, at.region, at.page, 1, true) < 0 || sender_flush(s) < 0)
+        return;
+    if (at.region == 0 && below(2)) {
+        uint64_t first = at.page - at.page % 16, pages = source.region[0].pages - first;
+        sender_pages(s, 0, first, pages < 16 ? pages : 16, false);
+        sender_flush(s);
+    }
+}
+
+static void step(unsigned actor)
+{
+    if (busy[actor])
+        return;
+    busy[actor] = true;
+    if (actor < SOURCE_URGENT)
+        actor - SOURCE_BULK < streams ? sweep_step(actor - SOURCE_BULK) : (void)0;
+    else if (actor == SOURCE_URGENT)
+        answer_step();
+    else if (actor < DEST_FAULTS)
+        actor - DEST_BULK < streams ? land(actor - DEST_BULK) : (void)0;
+    else
+        fault_thread();
+    busy[actor] = false;
+}
+
+static void guest_step(void)
+{
+    if (phase == ROUNDS)
+        guest_at_source();
+    if (phase >= FROZEN || below(20) == 0)
+        guest_at_destination();
+}
+
+static void somebody_else(void)
+{
+    unsigned total = 0, who = 0;
+    for (unsigned i = 0; i <= ACTORS; i++)
+        total += weight[i];
+    uint32_t pick = below(total);
+    while (pick >= weight[who])
+        pick -= weight[who++];
+    if (who == ACTORS)
+        guest_step();
+    else
+        step(who);
+}
+
+/* ---- the session ---- */
+
+static void fill_missing(void)
+{
+    uint64_t missing = 0;
+    for (uint32_t r = 0; r < REGIONS; r++) {
+        mf_page_fill(&source.view.pages[r], 0, source.region[r].pages, MF_PAGE_SENT);
+        for (uint64_t p = 0; p < source.region[r].pages; p++)
+            if (!mf_page_resolvable(dest_state[r][p])) {
+                mf_page_fill(&source.view.pages[r], p, 1, MF_PAGE_UNSENT);
+                missing++;
+            }
+    }
+    atomic_store(&source_figures.missing_pages, missing);
+}
+
+static void begin_pass(void)
+{
+    memset(chunk_taken, 0, sizeof(chunk_taken));
+    memset(barrier_out, 0, sizeof(barrier_out));
+    barriers = 0;
+}
+
+static void make_senders(void)
+{
+    for (unsigned i = 0; i <= STREAMS_MOST; i++) {
+        memset(sender[i], 0xa5, sizeof(*sender[i])); /* as malloc may give it */
+        sender_init(sender[i], &source, NULL, (int)i);
+    }
+}
+
+static void request_again(void *arg, uint32_t region, uint64_t page)
+{
+    (void)arg;
+    if (!mf_page_resolvable(dest_state[region][page]))
+        requests[request_count++] = (struct page_at){region, page};
+}
+
+static void punch_at_restart(void *arg, uint64_t page)
+{
+    punch_file(arg, page);
+}
+
+static void restart_destination(void)
+{
+    uint64_t missing = 0;
+    TRACE("the destination's mover dies\n");
+    for (uint32_t r = 0; r < REGIONS; r++)
+        missing += mf_page_restart(&dest.view.pages[r], punch_at_restart, &dest.region[r]);
+    atomic_store(&dest_figures.missing_pages, missing);
+    memset(&table, 0, sizeof(table));
+    memset(waiting, 0, sizeof(waiting)); /* one wake over everything */
+    fault_count = 0;
+}
+
+/* What had been sent may still arrive, in part. Then nothing of it does. */
+static void lose_link(bool source_died, bool dest_died)
+{
+    TRACE("the link is lost\n");
+    broken = true;
+    if (!dest_died)
+        for (unsigned n = below(40); n > 0; n--)
+            step(DEST_BULK + below(STREAMS_MOST + 1));
+    for (unsigned i = 0; i <= STREAMS_MOST; i++)
+        queue[i].have = queue[i].taken = 0;
+    request_count = 0;
+    if (dest_died)
+        restart_destination();
+    if (source_died) {
+        TRACE("the source's mover dies\n");
+        if (below(4) == 0)
+            source.pagemap_fd = -1; /* its VM is gone, the successor gets none */
+    }
+    source_vm_gone |= below(6) == 0;
+    make_senders();
+    fill_missing();
+    streams = 1 + below(STREAMS_MOST);
+    pass++;
+    begin_pass();
+    broken = false;
+    fault_table_each(&table, request_again, NULL);
+}
+
+static void freeze(void)
+{
+    phase = FROZEN;
+    TRACE("frozen\n");
+    for (uint32_t r = 0; r < REGIONS; r++)
+        for (uint64_t p = 0; p < source.region[r].pages; p++) {
+            const uint64_t at = p * source.region[r].page_bytes;
+            if (is_hole(&source.region[r], p))
+                memset(expected[r] + at, 0, source.region[r].page_bytes);
+            else
+                memcpy(expected[r] + at, guest_memory[r] + at, source.region[r].page_bytes);
+        }
+    begin_pass();
+    fill_missing(); /* the hello's list: nothing is confirmed */
+    pass = 1;
+}
+
+/* What the daemons and the movers' main threads do. */
+static void direct(void)
+{
+    const uint64_t missing = atomic_load(&dest_figures.missing_pages);
+    switch (phase) {
+    case ROUNDS:
+        if (rounds_wanted == 0) {
+            freeze();
+        } else if (round_number == 0 || barriers == streams) {
+            cut = false;
+            if (round_number == rounds_wanted) {
+                freeze();
+                break;
+            }
+            round_number++;
+            TRACE("round %u\n", round_number);
+            begin_pass();
+            if (tracked && below(4) == 0)
+                protect_fails_in = 1 + below(40);
+        } else if (below(30) == 0) {
+            cut = true;
+            rounds_wanted = round_number;
+        }
+        break;
+    case FROZEN:
+        if (!confirm_first || missing == 0) {
+            TRACE("released\n");
+            phase = RELEASED;
+            guest_runs_there = true;
+        }
+        break;
+    case RELEASED:
+        if (missing == 0)
+            phase = SETTLING;
+        break;
+    case SETTLING:
+        break;
+    }
+    if ((phase == FROZEN || phase == RELEASED) && barriers == streams && missing > 0) {
+        TRACE("named again\n");
+        fill_missing();
+        pass++;
+        begin_pass();
+    }
+    if (phase == RELEASED && (broken || (may_break && below(150) == 0)))
+        lose_link(below(4) == 0, below(4) == 0);
+    if (phase == RELEASED && below(200) == 0)
+        source_vm_gone = true;
+}
+
+static void nobody_waits(void)
+{
+    for (uint32_t r = 0; r < REGIONS; r++)
+        for (unsigned m = 0; m < MAPS; m++)
+            for (uint64_t p = 0; p < dest.region[r].pages; p++)
+                must(!waiting[r][m][p] || mapped[r][m][p], "a vCPU waits for ever", r, p);
+}
+
+static void settle(void)
+{
+    may_discard = may_crash = false;
+    /* Late frames, with the guest at work; then all that is left, without it. */
+    for (unsigned n = below(400); n > 0; n--)
+        somebody_else();
+    depth = UINT16_MAX;
+    for (bool more = true; more;) {
+        for (unsigned i = 0; i <= STREAMS_MOST; i++)
+            land(i);
+        if (fault_count)
+            serve_fault();
+        more = fault_count > 0;
+        for (unsigned i = 0; i <= STREAMS_MOST; i++)
+            more |= queue[i].have != queue[i].taken;
+    }
+    nobody_waits();
+    for (uint32_t r = 0; r < REGIONS; r++)
+        for (uint64_t p = 0; p < dest.region[r].pages; p++) {
+            must(mf_page_resolvable(dest_state[r][p]), "never confirmed", r, p);
+            look(r, p);
+        }
+}
+
+static void set_up_region(uint32_t index, uint64_t pages)
+{
+    struct region *s = &source.region[index], *d = &dest.region[index];
+    s->pages = d->pages = pages;
+    s->size_bytes = d->size_bytes = pages * s->page_bytes;
+    source.view.pages[index] = (struct mf_pages){source_state[index], pages};
+    dest.view.pages[index] = (struct mf_pages){dest_state[index], pages};
+    dest.frame_region[index] = source.frame_region[index] =
+        (struct mf_frame_region){pages, s->page_bytes};
+    fallocate(s->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, FILE_BYTES);
+    fallocate(d->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, FILE_BYTES);
+    for (uint64_t p = 0; p < pages; p++) {
+        if (below(3))
+            scribble(guest_memory[index] + p * s->page_bytes, s->page_bytes);
+        for (unsigned m = 0; m < MAPS; m++)
+            written[index][m][p] = true; /* never protected */
+        for (unsigned m = 0; m < MAPS; m++)
+            present[index][m][p] = below(2) && !is_hole(s, p);
+    }
+}
+
+static void set_up(void)
+{
+    struct mf_mapping mappings[REGIONS * MAPS];
+    random_state = seed;
+    depth = 0;
+    crash_armed = false;
+    hook_rate = 1;
+    memset((void *)source_state, 0, sizeof(source_state));
+    memset((void *)dest_state, 0, sizeof(dest_state));
+    memset(&source_figures, 0, sizeof(source_figures));
+    memset(&dest_figures, 0, sizeof(dest_figures));
+    memset(&table, 0, sizeof(table));
+    memset(mapped, 0, sizeof(mapped));
+    memset(waiting, 0, sizeof(waiting));
+    memset(wanted, 0, sizeof(wanted));
+    memset(busy, 0, sizeof(busy));
+    fault_count = request_count = round_number = barriers = protect_fails_in = 0;
+    guest_runs_there = broken = cut = source_vm_gone = false;
+    pass = 0;
+    phase = ROUNDS;
+    for (unsigned i = 0; i <= STREAMS_MOST; i++)
+        queue[i].have = queue[i].taken = 0;
+    set_up_region(0, 1 + below(SMALL_MOST));
+    set_up_region(1, below(3) ? 0 : 1 + below(HUGE_MOST));
+    for (uint32_t r = 0; r < REGIONS; r++)
+        for (unsigned m = 0; m < MAPS; m++)
+            mappings[r * MAPS + m] = (struct mf_mapping){.start_addr = address(r, m),
+                                                         .length_bytes = dest.region[r].size_bytes,
+                                                         .region = r};
+    unsigned count = dest.region[1].pages ? REGIONS * MAPS : MAPS;
+    mf_layout_set(&source.layout, mappings, count);
+    mf_layout_set(&dest.layout, mappings, count);
+    atomic_store(&dest_figures.missing_pages, dest.region[0].pages + dest.region[1].pages);
+    streams = 1 + below(STREAMS_MOST);
+    tracked = below(8) != 0;
+    rounds_wanted = tracked ? below(5) : 0;
+    source.pagemap_fd = tracked ? 3 : -1;
+    confirm_first = below(4) == 0;
+    may_discard = below(2);
+    may_break = below(2);
+    may_crash = below(3) == 0;
+    /* Some hardly ever get to run: a connection that is slow, a guest that writes much. */
+    for (unsigned i = 0; i <= ACTORS; i++)
+        weight[i] = 1u << below(6);
+    hook_rate = 4u << below(6);
+    make_senders();
+    begin_pass();
+}
+
+static void run(void)
+{
+    set_up();
+    if (setjmp(crashed)) {
+        TRACE("crash\n");
+        bool source_died = below(4) == 0, dest_died = below(4) == 0;
+        for (unsigned i = 0; i < ACTORS; i++) {
+            if (i <= SOURCE_URGENT)
+                source_died |= busy[i];
+            else
+                dest_died |= busy[i];
+            busy[i] = false;
+        }
+        depth = 0;
+        crash_armed = false;
+        lose_link(source_died, dest_died);
+    }
+    for (unsigned steps = 0; phase != SETTLING; steps++) {
+        crash_armed = false;
+        direct();
+        crash_armed = true;
+        somebody_else();
+        if (steps > 20000)
+            may_break = may_crash = false;
+        if (steps > 2000000)
+            fail("it does not end", 0, 0);
+    }
+    crash_armed = false;
+    settle();
+}
+
+static void make_file(struct region *source_region, struct region *dest_region, uint32_t index)
+{
+    struct region *both[] = {source_region, dest_region};
+    const size_t bytes = FILE_BYTES;
+    for (unsigned i = 0; i < 2; i++) {
+        struct region *r = both[i];
+        r->page_bytes = index ? HUGE_BYTES : 4096;
+        r->kind = index ? MF_MEMORY_HUGETLB : MF_MEMORY_TMPFS;
+        r->fd = memfd_create("memferry-model", MFD_CLOEXEC);
+        if (r->fd < 0 || ftruncate(r->fd, (off_t)bytes) != 0)
+            fail("no memory", 0, 0);
+        r->map = mmap(NULL, bytes, i ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, r->fd, 0);
+    }
+    guest_memory[index] =
+        mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, source_region->fd, 0);
+    expected[index] = malloc(bytes);
+}
+
+static uint64_t from_environment(const char *name, uint64_t otherwise)
+{
+    const char *text = getenv(name);
+    return text ? strtoull(text, NULL, 0) : otherwise;
+}
+
+int main(void)
+{
+    const uint64_t first = from_environment("MF_SEED", (uint64_t)time(NULL) << 20);
+    const uint64_t runs = from_environment("MF_RUNS", 3000);
+    trace = getenv("MF_TRACE") != NULL;
+    source.role = MF_SOURCE;
+    dest.role = MF_DESTINATION;
+    source.figures = &source_figures;
+    dest.figures = &dest_figures;
+    source.region_count = dest.region_count = REGIONS;
+    source.context_count = dest.context_count = 1;
+    for (uint32_t r = 0; r < REGIONS; r++)
+        make_file(&source.region[r], &dest.region[r], r);
+    for (unsigned i = 0; i <= STREAMS_MOST; i++) {
+        sender[i] = aligned_alloc(64, sizeof(*sender[i]));
+        queue[i].bytes = malloc(QUEUE_BYTES);
+    }
+    printf("MF_SEED=%llu, %llu runs\n", (unsigned long long)first, (unsigned long long)runs);
+    for (seed = first; seed < first + runs; seed++)
+        run();
+    for (uint32_t r = 0; r < REGIONS; r++)
+        free(expected[r]);
+    for (unsigned i = 0; i <= STREAMS_MOST; i++) {
+        free(sender[i]);
+        free(queue[i].bytes);
+    }
+    return 0;
+}
