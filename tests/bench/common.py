@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ AFTER_S = 2.0
 SETTLE_S = 0.25  # after the end of a migration, before the guest is expected to be back at its speed
 QEMU_PORT = 7500
 MULTIFD_CHANNELS = 4
+POSTCOPY_DOWNTIME_MS = 20
 WAYS = ("qemu-preempt", "qemu-multifd", "memferry")
 WRITES = ("idle", "hot", "random", "sequential")
 
@@ -294,7 +296,9 @@ def bucket_percentile(buckets, share):
 
 def move_by_preempt(trial, meter):
     """QEMU's postcopy with preemption, switched to postcopy at once or after the first pass."""
-    _start_qemu_migration(trial, ["postcopy-ram", "postcopy-preempt"], max_postcopy_bandwidth=0)
+    # With its default limit QEMU calls 300 ms of sending little enough to end without any postcopy.
+    _start_qemu_migration(trial, ["postcopy-ram", "postcopy-preempt"], max_postcopy_bandwidth=0,
+                          downtime_limit=POSTCOPY_DOWNTIME_MS)
     at_once = trial.options.qemu_start == "at-once"
     left = 0
 
@@ -401,7 +405,8 @@ def parse_ways(text):
 
 
 def run_main(main, name):
-    """Run main(); what went wrong is one sentence."""
+    """Run main(); what went wrong is one sentence. Being terminated is like being interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except (HarnessError, Skip) as error:
