@@ -181,6 +181,7 @@ int main(int argc, char **argv)
         return r;
     mf_log_setup("memferryd", (enum mf_log_level)daemon.config.log_level);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGHUP, SIG_IGN); /* a closed terminal must not end what guests depend on; nothing is reloaded */
     /* A session takes some twenty descriptors. */
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
