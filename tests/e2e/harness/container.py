@@ -118,8 +118,8 @@ class Container:
             if "Operation not permitted" in self.said():
                 raise Skip(f"systemd-nspawn may not make a container here: {self.said()}")
             raise HarnessError(f"systemd-nspawn did not start: {self.said()}")
-        children = children_of(self.process.pid)
-        return children[0] if children else None
+        # Its first child only sets things up, and ends.
+        return next((pid for pid in children_of(self.process.pid) if _inner_pid(pid) == 1), None)
 
     def _is_up(self):
         return self.run("systemctl", "is-system-running", check=False).stdout.strip() in (
@@ -145,14 +145,9 @@ class Container:
     def outer_pid(self, inner):
         """The process id here of a process id in the container."""
         for path in glob.glob("/proc/[0-9]*/status"):
-            try:
-                with open(path, encoding="ascii", errors="replace") as status:
-                    line = next((line for line in status if line.startswith("NSpid:")), "")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            pids = line.split()[1:]
-            if len(pids) > 1 and pids[-1] == str(inner) and self._inside(int(pids[0])):
-                return int(pids[0])
+            pid = int(path.split("/")[2])
+            if _inner_pid(pid) == int(inner) and self._inside(pid):
+                return pid
         raise HarnessError(f"the container has no process {inner}")
 
     def _inside(self, pid):
@@ -164,7 +159,7 @@ class Container:
     def stop(self):
         """Everything in it ends with its process 1."""
         if self.process.poll() is None:
-            if alive(self.init):
+            if self.init and alive(self.init):
                 os.kill(self.init, 9)
             try:
                 self.process.wait(10)
@@ -176,6 +171,16 @@ class Container:
                 os.rmdir(path)
             except OSError:  # not the container's, since somebody is in it
                 continue
+
+
+def _inner_pid(pid):
+    """A process's id in its own namespace, None if that is ours."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            pids = next((line for line in status if line.startswith("NSpid:")), "").split()[1:]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(pids[-1]) if len(pids) > 1 else None
 
 
 def _cgroups():
