@@ -172,6 +172,8 @@ class Relay:
         self._pairs.clear()
 
     def close(self):
+        if self._closed:
+            return
         self._closed = True
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
