@@ -200,8 +200,16 @@ static void check_against_model(void)
                            address(b) - ranges[i].start_addr < ranges[i].length_bytes;
             assert_int_equal(covered, 1);
         }
-    for (unsigned i = 0; i < count; i++)
+    for (unsigned i = 0; i < count; i++) {
         got += ranges[i].length_bytes;
+        /* It says which part of the region it is: looked up, its ends are that part's. */
+        const uint64_t length_of = ranges[i].length_bytes;
+        assert_true(ranges[i].offset_bytes >= from &&
+                    ranges[i].offset_bytes + length_of <= from + length);
+        assert_true(mf_layout_find(&layout, ranges[i].context, ranges[i].start_addr, &m));
+        assert_int_equal(m.offset_bytes + (ranges[i].start_addr - m.start_addr),
+                         ranges[i].offset_bytes);
+    }
     assert_int_equal(got, expected);
     assert_int_equal(mf_layout_ranges(&layout, region, from, length, ranges, 0), count);
 }

@@ -57,9 +57,27 @@ static uint8_t one(uint8_t before)
 #define D MF_PAGE_DISCARDED
 #define FAULT MF_PAGE_FAULTED
 #define GONE MF_PAGE_DISCARD
+#define LANDED MF_PAGE_LANDED
+#define ZERO MF_PAGE_COPIED_ZERO
+#define COPY MF_PAGE_COPY_MASK
 
 /* All bytes that a page can have. */
-static const uint8_t possible[] = {U, U | FAULT, L, L | FAULT, L | GONE, L | GONE | FAULT, C, D};
+static const uint8_t possible[] = {U,
+                                   U | FAULT,
+                                   U | LANDED,
+                                   U | LANDED | FAULT,
+                                   U | ZERO,
+                                   L,
+                                   L | FAULT,
+                                   L | LANDED,
+                                   L | LANDED | FAULT,
+                                   L | GONE,
+                                   L | GONE | FAULT,
+                                   L | LANDED | GONE,
+                                   C,
+                                   C | LANDED,
+                                   C | ZERO,
+                                   D};
 #define EACH_BYTE(b)                                                                               \
     for (size_t i_ = 0; i_ < sizeof(possible); i_++)                                               \
         for (uint8_t b = one(possible[i_]), once_ = 1; once_; once_ = 0)
@@ -71,7 +89,7 @@ static void claims_what_nobody_fills(void **state)
     {
         bool won = mf_page_claim(&pages, 7);
         assert_int_equal(won, mf_page_state_of(was) == U);
-        assert_int_equal(bytes[7], won ? (L | (was & FAULT)) : was);
+        assert_int_equal(bytes[7], won ? (L | (was & (FAULT | COPY))) : was);
     }
 }
 
@@ -98,10 +116,46 @@ static void gives_a_claim_back(void **state)
     {
         assert_int_equal(mf_page_unclaim(&pages, 7), was);
         if (mf_page_state_of(was) == L && !(was & GONE))
-            assert_int_equal(bytes[7], U | (was & FAULT));
+            assert_int_equal(bytes[7], U | (was & (FAULT | COPY)));
         else
             assert_int_equal(bytes[7], was);
     }
+}
+
+/* A precopy round's bytes, or zeros: nobody may have the page yet, and whoever waits still waits.
+ */
+static void lands_unconfirmed(void **state)
+{
+    (void)state;
+    static const uint8_t claimed[] = {L, L | LANDED, L | FAULT, L | LANDED | FAULT};
+    for (size_t i = 0; i < sizeof(claimed); i++)
+        for (unsigned landed = 0; landed < 2; landed++) {
+            one(claimed[i]);
+            assert_int_equal(mf_page_land_unconfirmed(&pages, 7, landed), claimed[i]);
+            assert_int_equal(bytes[7], U | (claimed[i] & FAULT) | (landed ? LANDED : 0));
+            assert_false(mf_page_resolvable(bytes[7]));
+            assert_true(mf_page_claim(&pages, 7)); /* the next round, or the answer */
+        }
+    one(L | LANDED | GONE | FAULT);
+    assert_int_equal(mf_page_land_unconfirmed(&pages, 7, true), L | LANDED | GONE | FAULT);
+    assert_int_equal(bytes[7], L | LANDED | GONE | FAULT); /* unchanged: punch first */
+    assert_int_equal(mf_page_discard_finish(&pages, 7), L | LANDED | GONE | FAULT);
+    assert_int_equal(bytes[7], D);
+    one(L | LANDED);
+    assert_int_equal(mf_page_confirm(&pages, 7), L | LANDED);
+    assert_int_equal(bytes[7], C);
+}
+
+static void notes_what_was_copied(void **state)
+{
+    (void)state;
+    static const uint8_t kinds[] = {MF_PAGE_COPIED, MF_PAGE_COPIED_ZERO, 0};
+    for (size_t k = 0; k < sizeof(kinds); k++)
+        EACH_BYTE(was)
+        {
+            mf_page_set_copied(&pages, 7, kinds[k]);
+            assert_int_equal(bytes[7], (was & ~COPY) | kinds[k]);
+        }
 }
 
 static void discards_for_ever(void **state)
@@ -191,6 +245,44 @@ static void confirms_empty_runs_like_the_model(void **state)
     }
 }
 
+static void marks_sent_like_the_model(void **state)
+{
+    (void)state;
+    for (unsigned round = 0; round < 20000; round++) {
+        uint8_t model[PAGES];
+        uint64_t changed = 0;
+        scramble(model);
+        /* The source's bytes: nobody lands or waits there. */
+        for (uint64_t p = 0; p < PAGES; p++)
+            bytes[p] = model[p] &= (uint8_t)(COPY | C);
+        const uint64_t first = below(PAGES), count = below((uint32_t)(PAGES - first) + 1);
+        for (uint64_t p = first; p < first + count; p++) {
+            changed += mf_page_state_of(model[p]) == MF_PAGE_UNSENT;
+            model[p] |= MF_PAGE_SENT;
+        }
+        assert_int_equal(mf_page_mark_sent(&pages, first, count), changed);
+        assert_memory_equal((const void *)bytes, model, PAGES);
+    }
+}
+
+static void finds_runs_of_bits_like_the_model(void **state)
+{
+    (void)state;
+    static const uint8_t masks[] = {MF_PAGE_LANDED, MF_PAGE_COPIED_ZERO, COPY, MF_PAGE_STATE_MASK,
+                                    FAULT | COPY};
+    for (unsigned round = 0; round < 20000; round++) {
+        uint8_t model[PAGES], bits = 0xff;
+        scramble(model);
+        const uint8_t mask = masks[below(sizeof(masks))];
+        const uint64_t first = below(PAGES), end = first + 1 + below((uint32_t)(PAGES - first));
+        uint64_t at = first;
+        while (at < end && (model[at] & mask) == (model[first] & mask))
+            at++;
+        assert_int_equal(mf_page_run_of(&pages, mask, first, end, &bits), at - first);
+        assert_int_equal(bits, model[first] & mask);
+    }
+}
+
 static void restarts_like_the_model(void **state)
 {
     (void)state;
@@ -206,7 +298,7 @@ static void restarts_like_the_model(void **state)
                 note(&expected, p);
                 model[p] = D;
             } else {
-                model[p] = U;
+                model[p] = U | (model[p] & COPY);
                 missing++;
             }
         }
@@ -246,8 +338,10 @@ static void fills_runs(void **state)
     mf_page_fill(&pages, 3, 50, MF_PAGE_SENT);
     mf_page_fill(&pages, 20, 9, MF_PAGE_UNSENT);
     mf_page_fill(&pages, 100, 0, MF_PAGE_SENT);
-    memset(model + 3, MF_PAGE_SENT, 50);
-    memset(model + 20, MF_PAGE_UNSENT, 9);
+    /* What the destination holds is another matter than what was sent on this link. */
+    for (uint64_t p = 3; p < 53; p++)
+        model[p] = (uint8_t)((model[p] & COPY) |
+                             (p >= 20 && p < 29 ? (uint8_t)MF_PAGE_UNSENT : (uint8_t)MF_PAGE_SENT));
     assert_memory_equal((const void *)bytes, model, PAGES);
 }
 
@@ -407,9 +501,13 @@ int main(void)
         cmocka_unit_test(claims_what_nobody_fills),
         cmocka_unit_test(confirms_what_was_claimed),
         cmocka_unit_test(gives_a_claim_back),
+        cmocka_unit_test(lands_unconfirmed),
+        cmocka_unit_test(notes_what_was_copied),
         cmocka_unit_test(discards_for_ever),
         cmocka_unit_test(notes_who_waits),
         cmocka_unit_test(confirms_empty_runs_like_the_model),
+        cmocka_unit_test(marks_sent_like_the_model),
+        cmocka_unit_test(finds_runs_of_bits_like_the_model),
         cmocka_unit_test(restarts_like_the_model),
         cmocka_unit_test(finds_runs_like_the_model),
         cmocka_unit_test(fills_runs),
