@@ -317,7 +317,7 @@ def kill_destination_qemu_in_round(sandbox):
 
 
 def relay_to(pair):
-    return Relay(pair.sandbox, pair.network.names["a"], (pair.b.address, 7466))
+    return Relay(pair.sandbox, pair.a.namespace, (pair.b.address, 7466))
 
 
 @e2e()
@@ -449,7 +449,9 @@ def hybrid_hurt_at_random(sandbox):
                 os.kill(pid, signal.SIGKILL)
         answer = pair_over(pair, verb)
         relay.close()
-        print(f"after {delay_s:.2f} s: {answer.json['state']}, rounds {answer.json['rounds']}")
+        session = answer.json
+        print(f"after {delay_s:.2f} s: {session['state']}, rounds {session['rounds']}; {session['reason']}")
+        need("cannot connect" not in session["reason"], f"it failed before it was hurt: {session}")
 
 
 def pair_over(pair, verb):
