@@ -101,8 +101,8 @@ static enum phase phase;
 static unsigned streams, round_number, rounds_wanted;
 static bool confirm_first, tracked, source_vm_gone, cut, chunk_taken[REGIONS][MOST],
     barrier_out[STREAMS_MOST];
-static bool guest_runs_there, broken, may_discard, may_break, may_crash;
-static unsigned barriers, protect_fails_in, hook_rate, depth;
+static bool guest_runs_there, broken, may_discard, may_break, may_crash, may_switch, protect_fails;
+static unsigned barriers, hook_rate, depth;
 static bool busy[ACTORS];
 static jmp_buf crashed;
 static bool crash_armed;
@@ -168,6 +168,8 @@ void model_hook(void)
         return;
     if (crash_armed && may_crash && phase == RELEASED && below(40) == 0)
         longjmp(crashed, 1);
+    if (phase == RELEASED && below(300) == 0)
+        source_vm_gone = true;
     if (depth >= 3)
         return;
     depth++;
@@ -281,8 +283,8 @@ int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
     (void)uffd;
     for (uint64_t i = 0; i < length_bytes / source.region[region].page_bytes; i++) {
         model_hook();
-        if (protect_fails_in && --protect_fails_in == 0)
-            return -ENOENT;
+        if (protect_fails && below(10) == 0)
+            return -ENOENT; /* pages before this one are protected */
         written[region][map][first + i] = false;
     }
     return 0;
@@ -359,7 +361,7 @@ static void nothing(void *arg)
 
 static void any_page(uint32_t *region, uint64_t *page)
 {
-    *region = source.region[1].pages && below(6) == 0;
+    *region = source.region[1].pages && below(3) == 0;
     /* A hot set, so that a page meets several things. */
     uint64_t limit = source.region[*region].pages;
     *page = below(2) ? below((uint32_t)(limit < 6 ? limit : 6)) : below((uint32_t)limit);
@@ -541,6 +543,10 @@ static void discard(void)
     uint32_t region;
     uint64_t page;
     any_page(&region, &page);
+    /* Rather one that somebody is landing. */
+    for (unsigned tries = 0;
+         tries < 8 && mf_page_state_of(dest_state[region][page]) != MF_PAGE_LANDING; tries++)
+        any_page(&region, &page);
     const struct region *r = &dest.region[region];
     TRACE("  discard %u:%llu\n", region, (unsigned long long)page);
     punch_file(r, page);
@@ -548,8 +554,11 @@ static void discard(void)
     for (unsigned map = 0; map < MAPS; map++)
         mapped[region][map][page] = false;
     uint8_t was = mf_page_discard(&dest.view.pages[region], page);
-    if (mf_page_state_of(was) == MF_PAGE_LANDING)
+    if (mf_page_state_of(was) == MF_PAGE_LANDING) {
+        if (crash_armed && may_crash && below(4) == 0)
+            longjmp(crashed, 1);
         return;
+    }
     if (was & MF_PAGE_FAULTED) {
         resolve_wake(&resolver, region, page);
         resolve_done(&resolver, region, page);
@@ -559,7 +568,7 @@ static void discard(void)
 
 static void fault_thread(void)
 {
-    if (guest_runs_there && may_discard && below(30) == 0)
+    if (guest_runs_there && may_discard && below(depth ? 4 : 60) == 0)
         discard();
     else if (fault_count && below(2))
         serve_fault();
@@ -784,9 +793,7 @@ static void direct(void)
             round_number++;
             TRACE("round %u\n", round_number);
             begin_pass();
-            if (tracked && below(4) == 0)
-                protect_fails_in = 1 + below(40);
-        } else if (below(30) == 0) {
+        } else if (may_switch && below(200) == 0) {
             cut = true;
             rounds_wanted = round_number;
         }
@@ -813,8 +820,6 @@ static void direct(void)
     }
     if (phase == RELEASED && (broken || (may_break && below(150) == 0)))
         lose_link(below(4) == 0, below(4) == 0);
-    if (phase == RELEASED && below(200) == 0)
-        source_vm_gone = true;
 }
 
 static void nobody_waits(void)
@@ -886,7 +891,7 @@ static void set_up(void)
     memset(waiting, 0, sizeof(waiting));
     memset(wanted, 0, sizeof(wanted));
     memset(busy, 0, sizeof(busy));
-    fault_count = request_count = round_number = barriers = protect_fails_in = 0;
+    fault_count = request_count = round_number = barriers = 0;
     guest_runs_there = broken = cut = source_vm_gone = false;
     pass = 0;
     phase = ROUNDS;
@@ -910,6 +915,8 @@ static void set_up(void)
     confirm_first = below(4) == 0;
     may_discard = below(2);
     may_break = below(2);
+    may_switch = below(2);
+    protect_fails = below(4) == 0;
     may_crash = below(3) == 0;
     /* Some hardly ever get to run: a connection that is slow, a guest that writes much. */
     for (unsigned i = 0; i <= ACTORS; i++)
