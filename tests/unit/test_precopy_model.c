@@ -133,7 +133,7 @@ static _Noreturn void fail(const char *what, uint32_t region, uint64_t page)
             "%s: region %u page %llu, source state %#x, destination state %#x, phase %u, round %u\n"
             "repeat it with MF_SEED=%llu MF_RUNS=1 (MF_TRACE=1 tells the story)\n",
             what, region, (unsigned long long)page, source_state[region][page],
-            dest_state[region][page], phase, round_number, (unsigned long long)seed);
+            dest_state[region][page], (unsigned)phase, round_number, (unsigned long long)seed);
     exit(1);
 }
 
