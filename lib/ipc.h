@@ -23,9 +23,9 @@ enum mf_ipc_type {
     /* memferryd → mover */
     MF_IPC_SETUP = 1, /**< with the session file */
     MF_IPC_REGION,    /**< with the RAM file */
-    MF_IPC_CONTEXT,    /**< with the userfaultfd; a source has one only if writes are tracked */
-    MF_IPC_PAGEMAP,    /**< source, if writes are tracked: with /proc/PID/pagemap */
-    MF_IPC_MAPPING,    /**< of what the userfaultfd watches */
+    MF_IPC_CONTEXT,   /**< with the userfaultfd; a source has one only if writes are tracked */
+    MF_IPC_PAGEMAP,   /**< source, if writes are tracked: with /proc/PID/pagemap */
+    MF_IPC_MAPPING,   /**< of what the userfaultfd watches */
     MF_IPC_GO, /**< all is handed over; at the destination, empty the RAM files unless restarted */
     MF_IPC_LINK,
     MF_IPC_CONNECTION, /**< with a connected socket, preamble done */
@@ -94,7 +94,7 @@ struct mf_ipc {
         } round;
         uint64_t bandwidth_bits_s; /**< SETTINGS; 0: no limit */
         uint8_t cancelled;         /**< SEND_ABORT, PEER_ABORT */
-        uint64_t blackout_us; /**< SEND and PEER_PHASE of DRAINED_ACK */
+        uint64_t blackout_us;      /**< SEND and PEER_PHASE of DRAINED_ACK */
     };
     char text[896]; /**< at least as long as an error's sentence */
 };

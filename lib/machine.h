@@ -50,7 +50,7 @@ enum mf_event {
     /* of this host */
     MF_EV_LINK_LOST,     /**< a connection or the mover was lost, or connecting failed */
     MF_EV_LINK_UP,       /**< every connection stands and the hellos agree */
-    MF_EV_COPIED,     /**< source: precopy has copied what it is to copy */
+    MF_EV_COPIED,        /**< source: precopy has copied what it is to copy */
     MF_EV_VMM_PAUSED,    /**< source: the guest is paused for the switchover */
     MF_EV_VMM_COMPLETED, /**< source: device state is out and was loaded */
     MF_EV_VMM_RETURNED,  /**< source: the guest is as it was before */
@@ -63,8 +63,9 @@ enum mf_event {
     MF_EV_CONFIRMED_ALL, /**< destination: no page is missing any more */
     MF_EV_CANCEL,        /**< an operator's command */
     /* of the peer */
-    MF_EV_PEER_READY, /**< destination's VMM listens */
-    MF_EV_PEER_CONFIRMED, /**< what is to be confirmed before RELEASE is (mode precopy: everything) */
+    MF_EV_PEER_READY,     /**< destination's VMM listens */
+    MF_EV_PEER_CONFIRMED, /**< what is to be confirmed before RELEASE is (mode precopy: everything)
+                           */
     MF_EV_PEER_LOADED,
     MF_EV_PEER_RELEASE,
     MF_EV_PEER_RUNNING,
@@ -80,7 +81,7 @@ enum mf_action {
     MF_ACT_REFUSE,       /**< (CANCEL) not possible in this state: say why */
     MF_ACT_VIOLATION,    /**< the peer said what it must not say now: drop the link */
     MF_ACT_START_ROUNDS, /**< source: begin precopy, or go on at once if there is none */
-    MF_ACT_CONFIRM,      /**< source: guest paused: confirm what is to be confirmed before RELEASE */
+    MF_ACT_CONFIRM, /**< source: guest paused: confirm what is to be confirmed before RELEASE */
     MF_ACT_SEND_CONFIRMED,
     MF_ACT_START_VMM,    /**< source: start_outgoing; destination: start_incoming */
     MF_ACT_FINISH_VMM,   /**< source: finish_outgoing */

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/page_state.h"
 
-
 /* Eight states at a time where a run is long: a hole of terabytes must not take seconds. */
 static _Atomic uint64_t *word_at(const struct mf_pages *pages, uint64_t page)
 {
@@ -47,8 +46,8 @@ uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bo
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
     while (!(was & MF_PAGE_DISCARD)) {
-        uint8_t next =
-            (uint8_t)((was & MF_PAGE_FAULTED) | (landed ? MF_PAGE_LANDED : 0) | MF_PAGE_UNCONFIRMED);
+        uint8_t next = (uint8_t)((was & MF_PAGE_FAULTED) | (landed ? MF_PAGE_LANDED : 0) |
+                                 MF_PAGE_UNCONFIRMED);
         if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                   memory_order_acq_rel, memory_order_relaxed))
             break;

@@ -44,7 +44,8 @@ enum mf_page_state {
 #define MF_PAGE_FAULTED 0x80u
 /** Destination: bytes of a precopy round lie in the RAM file under an UNCONFIRMED page. */
 #define MF_PAGE_LANDED 0x20u
-/** Source: the destination holds what this page was when it was last protected; as bytes, or as zeros. */
+/** Source: the destination holds what this page was when it was last protected; as bytes, or as
+ * zeros. */
 #define MF_PAGE_COPIED 0x20u
 #define MF_PAGE_COPIED_ZERO 0x10u
 #define MF_PAGE_COPY_MASK 0x30u
@@ -87,7 +88,8 @@ uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
  * before; with DISCARD as for mf_page_confirm. */
 uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_land_unconfirmed() - LANDING → UNCONFIRMED by the claimer, after a precopy round's bytes (or, with
+/** mf_page_land_unconfirmed() - LANDING → UNCONFIRMED by the claimer, after a precopy round's bytes
+ * (or, with
  *  @landed false, zeros) came in; FAULTED stays. Return: the byte before; with DISCARD as for
  *  mf_page_confirm. */
 uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bool landed);
@@ -96,10 +98,12 @@ uint8_t mf_page_land_unconfirmed(const struct mf_pages *pages, uint64_t page, bo
  *  Return: how many pages changed. */
 uint64_t mf_page_mark_sent(const struct mf_pages *pages, uint64_t first, uint64_t count);
 
-/** mf_page_set_copied() - source: note what the destination holds: MF_PAGE_COPIED, MF_PAGE_COPIED_ZERO or 0. */
+/** mf_page_set_copied() - source: note what the destination holds: MF_PAGE_COPIED,
+ * MF_PAGE_COPIED_ZERO or 0. */
 void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t copied);
 
-/** mf_page_run_of() - how many pages from @first on, below @end, have the same bits of @mask as the first.
+/** mf_page_run_of() - how many pages from @first on, below @end, have the same bits of @mask as the
+ * first.
  *  @bits: those bits. */
 uint64_t mf_page_run_of(const struct mf_pages *pages, uint8_t mask, uint64_t first, uint64_t end,
                         uint8_t *bits);

@@ -22,8 +22,8 @@ int mf_pagemap_open(int pid, struct mf_error *err)
     return fd;
 }
 
-int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
-                    uint64_t page_bytes, uint8_t *pages)
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
+                    uint8_t *pages)
 {
     struct page_region found[REGIONS_A_CALL];
     const uint64_t end = start_addr + length_bytes;
@@ -37,7 +37,8 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
             .end = end,
             .vec = (uint64_t)(uintptr_t)found,
             .vec_len = REGIONS_A_CALL,
-            /* A protected page that is not mapped any more has a marker, which counts as swapped. */
+            /* A protected page that is not mapped any more has a marker, which counts as swapped.
+             */
             .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         };

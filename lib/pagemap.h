@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Which pages of a target were written since they were last write-protected: PAGEMAP_SCAN (Linux 6.7,
- * Documentation/admin-guide/mm/pagemap.rst) over mappings that a userfaultfd with WP_ASYNC watches.
+ * Which pages of a target were written since they were last write-protected: PAGEMAP_SCAN
+ * (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst) over mappings that a userfaultfd with
+ * WP_ASYNC watches.
  *
- * What it does not see is in doc/kernel.md: writes through other mappings and processes, I/O into pages that
- * were pinned before, and that a punched page now reads as zeros.
+ * What it does not see is in doc/kernel.md: writes through other mappings and processes, I/O into
+ * pages that were pinned before, and that a punched page now reads as zeros.
  */
 #pragma once
 
@@ -13,20 +14,21 @@
 
 #include "lib/error.h"
 
-/** mf_pagemap_open() - /proc/PID/pagemap for scanning. Return: a descriptor (the caller's) or -errno. */
+/** mf_pagemap_open() - /proc/PID/pagemap for scanning. Return: a descriptor (the caller's) or
+ * -errno. */
 int mf_pagemap_open(int pid, struct mf_error *err);
 
-#define MF_PAGEMAP_WRITTEN 0x01u /**< since it was last protected; also what was never protected */
+#define MF_PAGEMAP_WRITTEN 0x01u /**< since it was last protected; also what was never protected   \
+                                  */
 #define MF_PAGEMAP_PRESENT 0x02u /**< mapped by the target, so certainly no hole of the file */
 
 /**
  * mf_pagemap_scan() - what is so of the pages of [@start_addr, +@length_bytes).
  * @page_bytes: of the region.
  * @pages:      one byte a page; overwritten with MF_PAGEMAP_… bits.
- * A page is "not written" only where the kernel says so of all of it; whatever it is silent about (unmapped, never
- * touched) counts as written.
- * Return: 0 or -errno (-ESRCH: the process is gone; -EPERM: a part is not watched); @pages then says nothing.
- * Thread-safe.
+ * A page is "not written" only where the kernel says so of all of it; whatever it is silent about
+ * (unmapped, never touched) counts as written. Return: 0 or -errno (-ESRCH: the process is gone;
+ * -EPERM: a part is not watched); @pages then says nothing. Thread-safe.
  */
-int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
-                    uint64_t page_bytes, uint8_t *pages);
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
+                    uint8_t *pages);

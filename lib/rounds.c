@@ -43,9 +43,11 @@ uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
         return 0;
     if (r->pages == 0)
         return r->duration_ns;
-    /* A guest that writes few pages over and over dirties them all in a round much shorter than the one
-     * before: as many as were copied are expected to be dirty again, more where the round was longer. */
-    double longer = r->duration_ns > r->before_ns ? (double)r->duration_ns / (double)r->before_ns : 1;
+    /* A guest that writes few pages over and over dirties them all in a round much shorter than the
+     * one before: as many as were copied are expected to be dirty again, more where the round was
+     * longer. */
+    double longer =
+        r->duration_ns > r->before_ns ? (double)r->duration_ns / (double)r->before_ns : 1;
     return (uint64_t)(longer * (double)r->duration_ns) + 1;
 }
 

@@ -2,8 +2,9 @@
 /*
  * Precopy rounds: go on, switch, or give the goal up? Pure; memferryd asks after every round.
  *
- * Hybrid needs no converging guest: what is stale follows after RELEASE. It goes on only while a round leaves
- * clearly less than the one before. Precopy wants the rest to fit into a blackout, and says so if it never will.
+ * Hybrid needs no converging guest: what is stale follows after RELEASE. It goes on only while a
+ * round leaves clearly less than the one before. Precopy wants the rest to fit into a blackout, and
+ * says so if it never will.
  */
 #pragma once
 
@@ -21,13 +22,14 @@ enum mf_rounds_next {
 /** struct mf_rounds - options, and what the rounds so far have shown. */
 struct mf_rounds {
     enum mf_mode mode;
-    unsigned max_rounds;      /**< 0: the mode's own: hybrid MF_ROUNDS_HYBRID, precopy as many as it takes */
+    unsigned
+        max_rounds; /**< 0: the mode's own: hybrid MF_ROUNDS_HYBRID, precopy as many as it takes */
     uint64_t max_blackout_ns; /**< precopy */
     bool fallback;
-    bool switch_now;          /**< an operator's word, or the time is up: precopy becomes hybrid */
+    bool switch_now; /**< an operator's word, or the time is up: precopy becomes hybrid */
 
-    unsigned round;           /**< of the last one that ended */
-    uint64_t pages, before_pages;       /**< copied in it, and in the one before */
+    unsigned round;               /**< of the last one that ended */
+    uint64_t pages, before_pages; /**< copied in it, and in the one before */
     uint64_t duration_ns, before_ns;
 };
 
@@ -39,15 +41,15 @@ struct mf_rounds {
 enum mf_rounds_next mf_rounds_done(struct mf_rounds *rounds, unsigned round, uint64_t pages,
                                    uint64_t duration_ns);
 
-/** mf_rounds_dirty_rate() - pages the guest dirties a second: what the last round found was dirtied while the
- *  one before ran. 0 before the second round's end. */
+/** mf_rounds_dirty_rate() - pages the guest dirties a second: what the last round found was dirtied
+ * while the one before ran. 0 before the second round's end. */
 uint64_t mf_rounds_dirty_rate(const struct mf_rounds *rounds);
 
-/** mf_rounds_expected_blackout_ns() - how long it would take by now to send what is dirty and to confirm
- *  everything. 0: not known yet. */
+/** mf_rounds_expected_blackout_ns() - how long it would take by now to send what is dirty and to
+ * confirm everything. 0: not known yet. */
 uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *rounds);
 
-/** mf_mode_name() / mf_mode_of() - "hybrid", "postcopy", "precopy". mf_mode_of: 0 or -EINVAL; NULL and ""
- *  mean hybrid. */
+/** mf_mode_name() / mf_mode_of() - "hybrid", "postcopy", "precopy". mf_mode_of: 0 or -EINVAL; NULL
+ * and "" mean hybrid. */
 const char *mf_mode_name(enum mf_mode mode);
 int mf_mode_of(const char *name, enum mf_mode *mode);

@@ -131,8 +131,7 @@ static int register_modes(int uffd, uint64_t start_addr, uint64_t length_bytes, 
         if (reg.ioctls & ((__u64)1 << needed_ioctl))
             return 0;
         mf_uffd_unregister(uffd, start_addr, length_bytes);
-        return mf_fail(err, EOPNOTSUPP,
-                       "memory at %#llx (%llu MiB) can't be %s on this kernel",
+        return mf_fail(err, EOPNOTSUPP, "memory at %#llx (%llu MiB) can't be %s on this kernel",
                        (unsigned long long)start_addr, (unsigned long long)(length_bytes >> 20),
                        needed);
     }

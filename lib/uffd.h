@@ -56,8 +56,8 @@ int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struc
  *  mf_uffd_register. */
 int mf_uffd_register_wp(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
 
-/** mf_uffd_protect() - write-protect a watched range: a page written from now on is "written" again.
- *  Return: 0 or -errno (-ENOENT: a part is not watched, -ESRCH). */
+/** mf_uffd_protect() - write-protect a watched range: a page written from now on is "written"
+ * again. Return: 0 or -errno (-ENOENT: a part is not watched, -ESRCH). */
 int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes);
 
 /** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and

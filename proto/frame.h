@@ -71,7 +71,8 @@ enum mf_frame_type {
 };
 
 #define MF_FRAME_FLAG_HOLE 0x01u /**< ZERO: a hole of the source's file, never touched */
-/** DATA, ZERO, BARRIER: of a precopy round, while the guest still runs at the source: lands unconfirmed. */
+/** DATA, ZERO, BARRIER: of a precopy round, while the guest still runs at the source: lands
+ * unconfirmed. */
 #define MF_FRAME_FLAG_ROUND 0x02u
 
 /** struct mf_frame - a decoded frame header. */

@@ -89,13 +89,13 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
 /** session_cancel() - done when the session is cancelled, or refused with the reason. */
 void session_cancel(struct daemon *daemon, const char *name, struct session_waiter waiter);
 
-/** session_set_bandwidth() - limit the bulk connections of a session that has not ended, source only;
- *  0: no limit. Return: 0 or -errno with a sentence. */
+/** session_set_bandwidth() - limit the bulk connections of a session that has not ended, source
+ * only; 0: no limit. Return: 0 or -errno with a sentence. */
 int session_set_bandwidth(struct daemon *daemon, const char *name, uint64_t bits_s,
                           struct mf_error *err);
 
-/** session_switch() - end precopy now. Return: 0, also when it has ended by itself, or -errno (-ENOENT,
- *  -EINVAL: no source session in precopy or before). */
+/** session_switch() - end precopy now. Return: 0, also when it has ended by itself, or -errno
+ * (-ENOENT, -EINVAL: no source session in precopy or before). */
 int session_switch(struct daemon *daemon, const char *name, struct mf_error *err);
 
 /** session_forget() - drop an ended session. Return: 0 or -errno (-ENOENT, -EBUSY while it is not

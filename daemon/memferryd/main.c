@@ -183,9 +183,10 @@ int main(int argc, char **argv)
         return r;
     mf_log_setup("memferryd", (enum mf_log_level)daemon.config.log_level);
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGHUP, SIG_IGN); /* a closed terminal must not end what guests depend on; nothing is reloaded */
-    /* It sleeps nearly always, and when it does not a guest may be standing still for it. Without the
-     * permission it is as patient as everybody. */
+    signal(SIGHUP,
+           SIG_IGN); /* a closed terminal must not end what guests depend on; nothing is reloaded */
+    /* It sleeps nearly always, and when it does not a guest may be standing still for it. Without
+     * the permission it is as patient as everybody. */
     setpriority(PRIO_PROCESS, 0, OWN_NICE);
     /* A session takes some twenty descriptors. */
     struct rlimit files;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Precopy: memory is copied in rounds while the guest runs at the source. The mover copies and tracks
- * (daemon/mover/source/); lib/rounds.c says after each round whether another one is worth it; here is what
- * connects the two, and what an operator may say meanwhile.
+ * Precopy: memory is copied in rounds while the guest runs at the source. The mover copies and
+ * tracks (daemon/mover/source/); lib/rounds.c says after each round whether another one is worth
+ * it; here is what connects the two, and what an operator may say meanwhile.
  *
- * All rounds have landed at the destination before the VMM is told to switch, so nothing of them is under way when
- * the guest is paused (I7).
+ * All rounds have landed at the destination before the VMM is told to switch, so nothing of them is
+ * under way when the guest is paused (I7).
  */
 #include "daemon/memferryd/session.h"
 
@@ -39,7 +39,8 @@ int precopy_setup(struct session *session, const struct vmm_info *info, struct m
                        "followed: %s; use --mode postcopy, or --fallback",
                        session->name, why.text);
     snprintf(session->mode_note, sizeof(session->mode_note),
-             "memory goes by postcopy alone, for the guest's writes can't be followed: %s", why.text);
+             "memory goes by postcopy alone, for the guest's writes can't be followed: %s",
+             why.text);
     mf_log(MF_LOG_NOTICE, "%s: %s", session->name, session->mode_note);
     rounds->mode = MF_POSTCOPY;
     return 0;
@@ -68,8 +69,7 @@ void precopy_begin(struct session *session)
         return;
     }
     if (session->switch_after_s) {
-        session->switch_timer =
-            evtimer_new(daemon_base(session->daemon), on_switch_time, session);
+        session->switch_timer = evtimer_new(daemon_base(session->daemon), on_switch_time, session);
         if (session->switch_timer)
             evtimer_add(session->switch_timer,
                         &(struct timeval){.tv_sec = (time_t)session->switch_after_s});
@@ -88,14 +88,15 @@ void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
            (unsigned long long)pages, (unsigned long long)(duration_ns / 1000000u));
     if (next == MF_ROUNDS_AGAIN) {
         if (rounds->mode == MF_PRECOPY && round >= MF_ROUNDS_HYBRID)
-            session_set_reason(session,
-                               "the guest writes %llu pages a second and the link carries %llu; a "
-                               "blackout of %llu ms would be needed: it goes on (memferry switch "
-                               "%s ends precopy now)",
-                               (unsigned long long)mf_rounds_dirty_rate(rounds),
-                               (unsigned long long)((double)pages * 1e9 / (double)duration_ns),
-                               (unsigned long long)(mf_rounds_expected_blackout_ns(rounds) / 1000000u),
-                               session->name);
+            session_set_reason(
+                session,
+                "the guest writes %llu pages a second and the link carries %llu; a "
+                "blackout of %llu ms would be needed: it goes on (memferry switch "
+                "%s ends precopy now)",
+                (unsigned long long)mf_rounds_dirty_rate(rounds),
+                (unsigned long long)((double)pages * 1e9 / (double)duration_ns),
+                (unsigned long long)(mf_rounds_expected_blackout_ns(rounds) / 1000000u),
+                session->name);
         begin_round(session);
         return;
     }
@@ -133,8 +134,8 @@ int session_set_bandwidth(struct daemon *daemon, const char *name, uint64_t bits
     if (!session)
         return mf_fail(err, ENOENT, "there is no session named %s on this host", name);
     if (session->role != MF_SOURCE || session_ended(session))
-        return mf_fail(err, EINVAL, "%s sends nothing from this host that could be limited: it is %s",
-                       name,
+        return mf_fail(err, EINVAL,
+                       "%s sends nothing from this host that could be limited: it is %s", name,
                        session_ended(session) ? mf_state_name(session->state) : "a destination");
     session->bandwidth_bits_s = bits_s;
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_SETTINGS, .bandwidth_bits_s = bits_s}, -1);

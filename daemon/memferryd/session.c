@@ -530,9 +530,9 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
         out->dirty_rate_pages_s = mf_rounds_dirty_rate(&session->rounds);
         out->unconfirmed_at_release = session->unconfirmed_at_release;
         if (session->total_pages)
-            out->round_left_bytes = (uint64_t)((double)session->ram_bytes *
-                                               (double)f->round_left_pages /
-                                               (double)session->total_pages);
+            out->round_left_bytes =
+                (uint64_t)((double)session->ram_bytes * (double)f->round_left_pages /
+                           (double)session->total_pages);
         out->bandwidth_bits_s = session->bandwidth_bits_s;
     }
     out->released = session->released;

@@ -86,7 +86,7 @@ struct session {
 
     /* Precopy, source. */
     struct mf_rounds rounds;
-    unsigned round_begun;       /**< number of the last round that was begun */
+    unsigned round_begun; /**< number of the last round that was begun */
     unsigned switch_after_s;
     struct event *switch_timer;
     uint64_t bandwidth_bits_s;
@@ -151,13 +151,15 @@ void session_send(struct session *session, uint32_t phase);
 /** precopy_setup() - source, after target_find: begin to track, or change the mode and say so.
  *  Return: 0 or -errno: the mode that was asked for can't be had. */
 int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err);
-/** precopy_begin() - the destination is ready: first round, or MF_EV_COPIED at once in mode postcopy. */
+/** precopy_begin() - the destination is ready: first round, or MF_EV_COPIED at once in mode
+ * postcopy. */
 void precopy_begin(struct session *session);
 void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
                         uint64_t duration_ns);
 /** precopy_switch() - an operator's word or the time: end precopy now. */
 void precopy_switch(struct session *session);
-/** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be prepared. */
+/** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be
+ * prepared. */
 void precopy_confirm(struct session *session);
 
 /* ---- target.c ---- */
@@ -165,7 +167,8 @@ void precopy_confirm(struct session *session);
 /** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
  *  Return: 0 or -errno with the sentence of the refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
-/** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the reason. */
+/** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the
+ * reason. */
 int target_track(struct session *session, struct mf_error *err);
 /** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno.
  */

@@ -110,8 +110,7 @@ static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
         return;
     }
     if (session->role == MF_SOURCE && !session->released) {
-        session_set_reason(session,
-                           "the destination did not take over within %d s",
+        session_set_reason(session, "the destination did not take over within %d s",
                            SWITCHOVER_TIMEOUT_S);
         session_event(session, MF_EV_VMM_FAILED);
         return;

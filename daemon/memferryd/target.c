@@ -142,8 +142,7 @@ int target_track(struct session *session, struct mf_error *err)
     session->pagemap_fd = mf_pagemap_open((int)session->pid, err);
     if (session->pagemap_fd < 0)
         return session->pagemap_fd;
-    session->uffd =
-        mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
+    session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
     uint64_t enabled = 0;
@@ -156,10 +155,11 @@ int target_track(struct session *session, struct mf_error *err)
     const uint64_t page_bytes = session->region[mappings[0].region].page_bytes;
     if (r == 0) {
         r = mf_pagemap_scan(session->pagemap_fd, mappings[0].start_addr, page_bytes, page_bytes,
-                               &written);
+                            &written);
         if (r < 0)
-            r = mf_fail(err, -r, "this kernel can't say which pages were written "
-                                 "(PAGEMAP_SCAN, Linux 6.7): %s",
+            r = mf_fail(err, -r,
+                        "this kernel can't say which pages were written "
+                        "(PAGEMAP_SCAN, Linux 6.7): %s",
                         strerror(-r));
     }
     return r;

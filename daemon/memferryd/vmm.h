@@ -51,9 +51,10 @@ struct vmm_info {
     pid_t pid;        /**< from SO_PEERCRED of the socket */
     char version[64]; /**< e.g. "QEMU 7.2.22" */
     bool was_running; /**< source: the guest ran when probed. A paused guest arrives paused. */
-    /** A drive whose reads go into guest memory past the processor (O_DIRECT), "" if there is none. The kernel pins
-     *  the pages when such a read begins and does not see the bytes arrive, so a page that was
-     *  write-protected in between would count as unwritten: writes can't be tracked. */
+    /** A drive whose reads go into guest memory past the processor (O_DIRECT), "" if there is none.
+     * The kernel pins the pages when such a read begins and does not see the bytes arrive, so a
+     * page that was write-protected in between would count as unwritten: writes can't be tracked.
+     */
     char direct_io[64];
     unsigned backend_count;
     struct vmm_backend *backends;

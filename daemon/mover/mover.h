@@ -78,10 +78,10 @@ struct link {
     struct bulk_thread bulk[MOVER_STREAMS_MAX];
     pthread_t urgent_thread;
     bool urgent_started;
-    _Atomic bool stop;         /**< threads of this link end */
-    _Atomic uint32_t barriers; /**< destination: BARRIERs of the present pass that arrived */
+    _Atomic bool stop;               /**< threads of this link end */
+    _Atomic uint32_t barriers;       /**< destination: BARRIERs of the present pass that arrived */
     _Atomic uint32_t round_barriers; /**< the same of a precopy round */
-    _Atomic uint32_t round;    /**< destination: the round they belong to */
+    _Atomic uint32_t round;          /**< destination: the round they belong to */
     _Atomic bool failed;
     pthread_mutex_t reason_lock; /**< guards reason; only taken when something fails */
     char reason[384];
@@ -96,16 +96,16 @@ struct sweep {
     _Atomic uint32_t urgent_busy; /**< a fault is being answered: bulk threads let it by */
     pthread_mutex_t lock;         /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
-    bool frozen;                    /**< the guest is paused: its RAM may be read */
-    bool released;                  /**< or told to confirm before RELEASE: the sweep may begin */
-    uint32_t round;                 /**< of precopy; 0: none yet */
-    bool in_round;                  /**< the present pass is a precopy round */
-    uint32_t finished;              /**< threads that have sent this round's barrier */
-    _Atomic bool cut;               /**< no further chunk in this round */
+    bool frozen;       /**< the guest is paused: its RAM may be read */
+    bool released;     /**< or told to confirm before RELEASE: the sweep may begin */
+    uint32_t round;    /**< of precopy; 0: none yet */
+    bool in_round;     /**< the present pass is a precopy round */
+    uint32_t finished; /**< threads that have sent this round's barrier */
+    _Atomic bool cut;  /**< no further chunk in this round */
     uint64_t round_began_ns;
-    _Atomic uint64_t pace_bits_s;   /**< limit of all bulk threads together; 0: none */
-    _Atomic uint64_t pace_next_ns;  /**< when the next batch may leave */
-    uint32_t pass; /**< from 1; 0: not begun */
+    _Atomic uint64_t pace_bits_s;  /**< limit of all bulk threads together; 0: none */
+    _Atomic uint64_t pace_next_ns; /**< when the next batch may leave */
+    uint32_t pass;                 /**< from 1; 0: not begun */
 };
 
 struct fault_thread;
@@ -218,9 +218,9 @@ int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
 void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
 void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
-void sweep_release(struct mover *mover); /**< RELEASE is out: sweep */
-void sweep_round(struct mover *mover);   /**< begin a precopy round */
-void sweep_cut_round(struct mover *mover); /**< end it where it is */
+void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */
+void sweep_round(struct mover *mover);       /**< begin a precopy round */
+void sweep_cut_round(struct mover *mover);   /**< end it where it is */
 /** sweep_round_landed() - the destination has all of it. */
 void sweep_round_landed(struct mover *mover, uint32_t round);
 void sweep_set_pace(struct mover *mover, uint64_t bits_s); /**< 0: no limit */

@@ -116,8 +116,9 @@ int sandbox_filter(struct mf_error *err)
         SCMP_SYS(exit),
         SCMP_SYS(exit_group),
     };
-    static const unsigned long ioctls[] = {UFFDIO_CONTINUE, UFFDIO_ZEROPAGE, UFFDIO_COPY,
-                                           UFFDIO_WAKE, UFFDIO_WRITEPROTECT, PAGEMAP_SCAN,     UFFDIO_REGISTER, UFFDIO_UNREGISTER};
+    static const unsigned long ioctls[] = {UFFDIO_CONTINUE, UFFDIO_ZEROPAGE,     UFFDIO_COPY,
+                                           UFFDIO_WAKE,     UFFDIO_WRITEPROTECT, PAGEMAP_SCAN,
+                                           UFFDIO_REGISTER, UFFDIO_UNREGISTER};
     if (SANITIZED)
         return 0;
     scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ERRNO(EPERM));

@@ -31,8 +31,8 @@ struct qemu_replies {
 
 /**
  * preflight_judge() - decide, and describe.
- * @info: on success version, was_running, direct_io, backend_count and backends (malloc'd; sorted by id) are
- * set. Return: 0, or -errno with @err: the cause and the remedy.
+ * @info: on success version, was_running, direct_io, backend_count and backends (malloc'd; sorted
+ * by id) are set. Return: 0, or -errno with @err: the cause and the remedy.
  */
 int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_replies *replies,
                     struct vmm_info *info, struct mf_error *err);

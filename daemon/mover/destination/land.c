@@ -271,7 +271,8 @@ void land_zero(struct resolver *resolver, const struct mf_frame *frame)
     land_count_missing(mover, confirmed);
 }
 
-/* Not what another thread is landing at this moment: the guest could write to it under that thread's hands. */
+/* Not what another thread is landing at this moment: the guest could write to it under that
+ * thread's hands. */
 static void resolve_confirmed(struct resolver *resolver, uint32_t region, uint64_t page,
                               uint64_t end)
 {

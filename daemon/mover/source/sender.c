@@ -85,7 +85,8 @@ static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uin
                      data ? r->map + first * r->page_bytes : NULL);
 }
 
-/* An answer for a run of pages, for good: RAM is frozen. How many of them are new decides the figures. */
+/* An answer for a run of pages, for good: RAM is frozen. How many of them are new decides the
+ * figures. */
 static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint32_t region,
                       uint64_t first, uint64_t pages, bool again)
 {
@@ -119,8 +120,9 @@ static bool reads_as_zeros(struct sender *s, const struct region *r, uint64_t pa
 }
 
 /*
- * Which of [first, first + pages) were written since they were last protected, in any mapping. Where that
- * can't be said (the VM is gone, a mapping is not watched any more) all count as written.
+ * Which of [first, first + pages) were written since they were last protected, in any mapping.
+ * Where that can't be said (the VM is gone, a mapping is not watched any more) all count as
+ * written.
  */
 static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
 {
@@ -152,9 +154,10 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
 /*
  * What is to be said of a page that the file holds.
  *
- * CURRENT: the destination holds a copy and the page was not written since it was protected. Its contents can
- * have changed all the same, in one way: it was punched, which does not count as written, and read again,
- * which made it a page of zeros. So a copy of bytes is current only while the page has bytes.
+ * CURRENT: the destination holds a copy and the page was not written since it was protected. Its
+ * contents can have changed all the same, in one way: it was punched, which does not count as
+ * written, and read again, which made it a page of zeros. So a copy of bytes is current only while
+ * the page has bytes.
  */
 static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t page)
 {
@@ -216,8 +219,9 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
  * A hole must not even be read: reading it through a mapping would allocate it. SEEK_HOLE would
  * name the end of the data in one call, but it looks at every page up to the next hole, which in a
  * well filled guest is most of its RAM; asked for every chunk that took more time than everything
- * else together. SEEK_DATA stops at the first page it finds, so it is asked page by page, and not about pages that
- * a scan of the VM's page tables has just found mapped. hugetlbfs knows no SEEK_DATA and calls everything data.
+ * else together. SEEK_DATA stops at the first page it finds, so it is asked page by page, and not
+ * about pages that a scan of the VM's page tables has just found mapped. hugetlbfs knows no
+ * SEEK_DATA and calls everything data.
  */
 static int next_extent(const struct sender *s, const struct region *r, uint64_t page, uint64_t end,
                        bool *data, uint64_t *until)
@@ -295,14 +299,16 @@ static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t
     return 0;
 }
 
-/* A run that the file holds and that was written: protected first, so that what is written from now on shows, then
- * read. The bytes themselves are read when the batch is sent, which is later still. */
+/* A run that the file holds and that was written: protected first, so that what is written from now
+ * on shows, then read. The bytes themselves are read when the batch is sent, which is later still.
+ */
 static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t end)
 {
     const struct region *r = &s->mover->region[region];
     const struct mf_pages *states = &s->mover->view.pages[region];
     if (protect(s, region, first, end - first) < 0)
-        return take_back(s, region, first, end - first, 0); /* can't be followed: sent after RELEASE */
+        return take_back(s, region, first, end - first,
+                         0); /* can't be followed: sent after RELEASE */
     populate(r, first, end);
     count(&s->mover->figures->round_pages, end - first);
     for (uint64_t page = first; page < end;) {

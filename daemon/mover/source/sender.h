@@ -5,9 +5,9 @@
  * A sender belongs to one thread and one connection. Page bytes go from the second mapping into the
  * socket without a copy of ours; frames of several runs share a sendmsg(2).
  *
- * Outside precopy rounds the source's RAM is frozen when this runs: the guest was paused before anything was asked for,
- * and after RELEASE it never runs here again. So all copies of a page are equal, and a page that
- * went both by the sweep and by an urgent answer does no harm (I7).
+ * Outside precopy rounds the source's RAM is frozen when this runs: the guest was paused before
+ * anything was asked for, and after RELEASE it never runs here again. So all copies of a page are
+ * equal, and a page that went both by the sweep and by an urgent answer does no harm (I7).
  */
 #pragma once
 
@@ -15,7 +15,8 @@
 #include "daemon/mover/ring.h"
 
 #define SENDER_FRAMES 64u
-#define SENDER_CHUNK_PAGES 512u /**< most pages that one call of sender_pages or sender_round is given */
+#define SENDER_CHUNK_PAGES                                                                         \
+    512u /**< most pages that one call of sender_pages or sender_round is given */
 #define SENDER_BATCH_BYTES                                                                         \
     (256u * 1024u) /**< sent in one go; bounds what an urgent answer waits behind */
 
@@ -23,14 +24,15 @@ struct sender {
     struct mover *mover;
     struct io_uring *ring;
     int fd;
-    bool round;  /**< in a precopy round: frames land unconfirmed */
-    bool paced;  /**< keeps to the bandwidth limit */
+    bool round; /**< in a precopy round: frames land unconfirmed */
+    bool paced; /**< keeps to the bandwidth limit */
     unsigned frames;
     unsigned iovecs;
     uint64_t batch_bytes;
     uint64_t seen_first;
     uint8_t seen_once[SENDER_CHUNK_PAGES];
-    uint8_t seen[SENDER_CHUNK_PAGES]; /**< MF_PAGEMAP_… of the pages looked at now, from seen_first on */
+    uint8_t seen[SENDER_CHUNK_PAGES]; /**< MF_PAGEMAP_… of the pages looked at now, from seen_first
+                                         on */
     uint8_t look[65536] __attribute__((aligned(64))); /**< a piece of a huge page */
     uint8_t header[SENDER_FRAMES][MF_FRAME_HEADER_BYTES];
     struct iovec iov[2 * SENDER_FRAMES];
@@ -47,8 +49,8 @@ int sender_pages(struct sender *sender, uint32_t region, uint64_t first, uint64_
                  bool again);
 
 /**
- * sender_round() - a precopy round's part: protect, then copy, what was written since it was last protected (in
- * the first round: everything). The guest runs.
+ * sender_round() - a precopy round's part: protect, then copy, what was written since it was last
+ * protected (in the first round: everything). The guest runs.
  */
 int sender_round(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages, bool all);
 

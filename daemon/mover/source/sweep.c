@@ -139,8 +139,7 @@ void sweep_round_landed(struct mover *mover, uint32_t round)
     struct sweep *sweep = &mover->sweep;
     struct mf_ipc done = {.type = MF_IPC_ROUND_DONE};
     pthread_mutex_lock(&sweep->lock);
-    bool ours = sweep->in_round && sweep->round == round &&
-                sweep->finished == mover->link.streams;
+    bool ours = sweep->in_round && sweep->round == round && sweep->finished == mover->link.streams;
     if (ours) {
         sweep->in_round = false;
         prepare_pass(sweep);
@@ -160,7 +159,8 @@ void sweep_set_pace(struct mover *mover, uint64_t bits_s)
     atomic_store(&mover->sweep.pace_bits_s, bits_s);
 }
 
-/* The bulk threads share one row of sending times: a batch takes its place in it and waits for it. */
+/* The bulk threads share one row of sending times: a batch takes its place in it and waits for it.
+ */
 void sweep_pace(struct mover *mover, uint64_t bytes)
 {
     struct sweep *sweep = &mover->sweep;

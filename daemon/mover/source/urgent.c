@@ -14,9 +14,9 @@
 #include <sys/uio.h>
 
 #define REQUESTS_ROOM 512u
-#define NEIGHBOURS 16u         /**< pages in the aligned window around a fault */
-#define NEIGHBOURS_COPIED 64u  /**< the same after precopy: most need no bytes, only a word */
-#define RECENT 32u     /**< windows remembered */
+#define NEIGHBOURS 16u        /**< pages in the aligned window around a fault */
+#define NEIGHBOURS_COPIED 64u /**< the same after precopy: most need no bytes, only a word */
+#define RECENT 32u            /**< windows remembered */
 
 struct recent {
     uint32_t region;
@@ -41,8 +41,11 @@ static uint64_t window_pages(const struct urgent *u)
 
 static void remember(struct urgent *u, uint32_t region, uint64_t page)
 {
-    if (u->mover->region[region].page_bytes > 65536)
-        return; /* the neighbours of a huge page are the sweep's */
+    /* The neighbours of a huge page are the sweep's, and so are all while the bandwidth is limited:
+     * nobody waits for them yet. */
+    if (u->mover->region[region].page_bytes > 65536 ||
+        atomic_load_explicit(&u->mover->sweep.pace_bits_s, memory_order_relaxed))
+        return;
     uint64_t first = page - page % window_pages(u);
     for (unsigned i = 0; i < u->recent_count; i++)
         if (u->recent[i].region == region && u->recent[i].first == first)
