@@ -34,7 +34,7 @@ uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
     while (mf_page_state_of(was) == MF_PAGE_LANDING && !(was & MF_PAGE_DISCARD)) {
-        uint8_t next = (uint8_t)((was & ~MF_PAGE_STATE_MASK) | MF_PAGE_UNCONFIRMED);
+        uint8_t next = (uint8_t)((was & ~MF_PAGE_STATE_MASK) | MF_PAGE_UNCONFIRMED | MF_PAGE_TORN);
         if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                   memory_order_release, memory_order_relaxed))
             break;

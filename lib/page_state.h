@@ -44,6 +44,9 @@ enum mf_page_state {
 #define MF_PAGE_FAULTED 0x80u
 /** Destination: bytes of a precopy round lie in the RAM file under an UNCONFIRMED page. */
 #define MF_PAGE_LANDED 0x20u
+/** Destination: a landing broke off in the middle; only bytes or zeros make this page right again.
+ */
+#define MF_PAGE_TORN 0x10u
 /** Source: the destination holds what this page was when it was last protected; as bytes, or as
  * zeros. */
 #define MF_PAGE_COPIED 0x20u
@@ -84,7 +87,7 @@ bool mf_page_claim(const struct mf_pages *pages, uint64_t page);
  * out and calls mf_page_discard_finish (I9). */
 uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_unclaim() - LANDING → UNCONFIRMED by the claimer; FAULTED stays. Return: the byte
+/** mf_page_unclaim() - LANDING → UNCONFIRMED + TORN by the claimer; FAULTED stays. Return: the byte
  * before; with DISCARD as for mf_page_confirm. */
 uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page);
 

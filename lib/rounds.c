@@ -70,7 +70,7 @@ static enum mf_rounds_next decide(const struct mf_rounds *r)
         return MF_ROUNDS_SWITCH;
     if (r->round == 1)
         return MF_ROUNDS_AGAIN;
-    if (r->pages < MF_ROUNDS_FEW_PAGES || r->pages * 10 >= r->before_pages * 7)
+    if (r->pages < MF_ROUNDS_FEW_PAGES || r->pages * 2 >= r->before_pages)
         return MF_ROUNDS_SWITCH;
     return MF_ROUNDS_AGAIN;
 }

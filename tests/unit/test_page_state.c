@@ -116,7 +116,7 @@ static void gives_a_claim_back(void **state)
     {
         assert_int_equal(mf_page_unclaim(&pages, 7), was);
         if (mf_page_state_of(was) == L && !(was & GONE))
-            assert_int_equal(bytes[7], U | (was & (FAULT | COPY)));
+            assert_int_equal(bytes[7], U | MF_PAGE_TORN | (was & (FAULT | COPY)));
         else
             assert_int_equal(bytes[7], was);
     }

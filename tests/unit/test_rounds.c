@@ -52,14 +52,14 @@ static void hybrid_goes_on_while_less_is_left(void **state)
     (void)state;
     const struct mf_rounds hybrid = {.mode = MF_HYBRID};
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 100000); /* all dirty again */
-    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 70000);  /* not clearly less */
-    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 69999, 68000);
-    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 50000, 25000, 12500, 6250, 3125, 1562, 781);
+    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 50000);  /* not clearly less */
+    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 49999, 48000);
+    EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 49000, 24000, 11000, 5000, 2400, 1100, 500);
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, 0); /* idle */
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, MF_ROUNDS_FEW_PAGES - 1);
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, MF_ROUNDS_FEW_PAGES, MF_ROUNDS_FEW_PAGES - 1);
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 0, 0); /* nothing but holes */
-    EXPECT(hybrid, MF_ROUNDS_SWITCH, MANY, MANY / 2, MANY / 2);
+    EXPECT(hybrid, MF_ROUNDS_SWITCH, MANY, MANY / 3, MANY / 3);
 }
 
 static void hybrid_keeps_to_its_number_of_rounds(void **state)
@@ -71,8 +71,8 @@ static void hybrid_keeps_to_its_number_of_rounds(void **state)
     EXPECT(rounds, MF_ROUNDS_SWITCH, 100000, 10000, 1000);
     /* More than by itself, if told so, but still not without a gain. */
     rounds.max_rounds = 30;
-    EXPECT(rounds, MF_ROUNDS_SWITCH, MANY, MANY / 2, MANY / 4, MANY / 8, MANY / 16, MANY / 32,
-           MANY / 64, MANY / 128, MANY / 256, MANY / 512, MANY / 512);
+    EXPECT(rounds, MF_ROUNDS_SWITCH, MANY, MANY / 3, MANY / 9, MANY / 27, MANY / 81, MANY / 243,
+           MANY / 729, MANY / 2187, MANY / 6561, MANY / 19683, MANY / 19683);
 }
 
 static void switches_when_told(void **state)

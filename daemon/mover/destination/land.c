@@ -257,7 +257,7 @@ void land_zero(struct resolver *resolver, const struct mf_frame *frame)
     uint64_t confirmed = 0;
     for (uint64_t page = frame->first_page; page < end;) {
         uint8_t landed = 0;
-        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED, page, end, &landed);
+        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED | MF_PAGE_TORN, page, end, &landed);
         if (landed)
             confirmed += zero_landed(resolver, frame, page, run);
         else if (!(frame->flags & MF_FRAME_FLAG_ROUND))
@@ -295,7 +295,11 @@ void land_current(struct resolver *resolver, const struct mf_frame *frame)
     for (uint64_t page = frame->first_page; page < end;) {
         /* Where a round brought bytes they can be mapped at once; the rest is holes. */
         uint8_t landed = 0;
-        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED, page, end, &landed);
+        uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED | MF_PAGE_TORN, page, end, &landed);
+        if (landed & MF_PAGE_TORN) {
+            page += run; /* a later answer broke off over it: it is named as missing again */
+            continue;
+        }
         confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
         if (landed)
             resolve_confirmed(resolver, frame->region, page, page + run);

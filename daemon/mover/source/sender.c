@@ -10,6 +10,8 @@
 #include "lib/uffd.h"
 #include "lib/zero.h"
 
+#define NOT_SEEN 0xffu /**< in `seen`: no mapping covers it */
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -130,25 +132,25 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     const uint64_t page_bytes = mover->region[region].page_bytes;
     struct mf_range ranges[16];
     uint8_t *one = s->seen_once;
-    memset(s->seen, 0, pages);
+    memset(s->seen, NOT_SEEN, pages);
     s->seen_first = first;
     unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, 16);
     /* The successor of a mover may have no VM to look at any more, and yet copies to answer for. */
     int r = mover->pagemap_fd < 0 ? -EBADF : found > 16 ? -E2BIG : 0;
-    uint64_t covered = 0;
     for (unsigned i = 0; r == 0 && i < found; i++) {
         const uint64_t at = ranges[i].offset_bytes / page_bytes - first;
         const uint64_t count = ranges[i].length_bytes / page_bytes;
         r = mf_pagemap_scan(mover->pagemap_fd, ranges[i].start_addr, ranges[i].length_bytes,
                             page_bytes, one);
         /* Written in one mapping is written. */
-        for (uint64_t page = 0; r == 0 && page < count; page++)
-            s->seen[at + page] |= one[page];
-        covered += count;
+        for (uint64_t page = at; r == 0 && page < at + count; page++)
+            s->seen[page] =
+                s->seen[page] == NOT_SEEN ? one[page - at] : s->seen[page] | one[page - at];
     }
-    if (r < 0 || covered < pages)
-        memset(s->seen, MF_PAGEMAP_WRITTEN, pages);
+    for (uint64_t page = 0; page < pages; page++)
+        if (r < 0 || s->seen[page] == NOT_SEEN)
+            s->seen[page] = MF_PAGEMAP_WRITTEN;
 }
 
 /*
