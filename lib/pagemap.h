@@ -18,8 +18,7 @@
  * -errno. */
 int mf_pagemap_open(int pid, struct mf_error *err);
 
-#define MF_PAGEMAP_WRITTEN 0x01u /**< since it was last protected; also what was never protected   \
-                                  */
+#define MF_PAGEMAP_WRITTEN 0x01u /**< since it was last protected, or never protected */
 #define MF_PAGEMAP_PRESENT 0x02u /**< mapped by the target, so certainly no hole of the file */
 
 /**

@@ -147,7 +147,7 @@ def destination_out_of_memory(sandbox):
     os.mkdir(mount)
     run("mount", "-t", "tmpfs", "-o", "size=256m", "none", mount)
     pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=160, destination={"backends": (mount,)})
-    verb = pair.begin()
+    verb = pair.begin(*POSTCOPY)
     pair.b.wait_state(pair.name, "postcopy")
     hog = os.path.join(mount, "hog")
     with open(hog, "wb", buffering=0) as file:
@@ -170,7 +170,7 @@ def forgotten_while_link_is_lost(sandbox):
     """The last word to the source is lost, and the destination forgets: the source hears of it later."""
     pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=32)
     relay = Relay(sandbox, pair.network.names["a"], (pair.b.address, 7466))
-    verb = pair.begin(to=relay.address)
+    verb = pair.begin(*POSTCOPY, to=relay.address)
     pair.b.wait_state(pair.name, "postcopy")
     relay.stalled_kinds = {wire.CONTROL}
     pair.b.wait_state(pair.name, ("drained", "done"))
