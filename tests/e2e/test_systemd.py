@@ -229,7 +229,7 @@ def systemd_migrate(sandbox):
     pair.receive()
     check_mover(pair, pair.b, pair.destination)
     limit_loopback(pair, True)
-    verb = pair.begin_again("--keep-source")
+    verb = pair.begin_again("--mode", "postcopy", "--keep-source")
     pair.b.wait_state(pair.name, "postcopy")
     check_mover(pair, pair.a, pair.source)
     first = pair.b.kill_mover()
