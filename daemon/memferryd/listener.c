@@ -64,13 +64,6 @@ static void reply(const struct guest *g, enum mf_preamble_status status)
     (void)n; /* the mover will see a connection that is broken */
 }
 
-static void take_id(struct session *session, const struct mf_preamble *preamble)
-{
-    memcpy(session->id, preamble->session_id, sizeof(session->id));
-    for (unsigned i = 0; i < MF_SESSION_ID_BYTES; i++)
-        snprintf(session->id_text + 2 * (size_t)i, 3, "%02x", session->id[i]);
-}
-
 static bool same_id(const struct session *session, const struct mf_preamble *preamble)
 {
     return session->id_text[0] &&
@@ -106,7 +99,7 @@ static enum mf_preamble_status open_link(struct session *session, const struct g
             return MF_PREAMBLE_ENDED;
     }
     if (session->state == MF_D_WAITING) {
-        take_id(session, preamble);
+        session_set_id(session, preamble->session_id);
         session->started_ns = mf_now_ns();
     }
     session->link = preamble->link;

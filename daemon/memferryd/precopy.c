@@ -60,6 +60,14 @@ static void begin_round(struct session *session)
     session_changed(session);
 }
 
+void precopy_send_settings(struct session *session)
+{
+    mover_order(
+        session,
+        &(struct mf_ipc){.type = MF_IPC_SETTINGS, .bandwidth_bits_s = session->bandwidth_bits_s},
+        -1);
+}
+
 void precopy_begin(struct session *session)
 {
     if (session->rounds.switch_now && session->rounds.mode == MF_PRECOPY)
@@ -138,7 +146,7 @@ int session_set_bandwidth(struct daemon *daemon, const char *name, uint64_t bits
                        "%s sends nothing from this host that could be limited: it is %s", name,
                        session_ended(session) ? mf_state_name(session->state) : "a destination");
     session->bandwidth_bits_s = bits_s;
-    mover_order(session, &(struct mf_ipc){.type = MF_IPC_SETTINGS, .bandwidth_bits_s = bits_s}, -1);
+    precopy_send_settings(session);
     return 0;
 }
 

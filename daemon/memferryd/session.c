@@ -247,6 +247,13 @@ static struct session *create(struct daemon *daemon, const char *name, enum mf_r
     return s;
 }
 
+void session_set_id(struct session *session, const uint8_t id[MF_SESSION_ID_BYTES])
+{
+    memcpy(session->id, id, sizeof(session->id));
+    for (unsigned i = 0; i < MF_SESSION_ID_BYTES; i++)
+        snprintf(session->id_text + 2 * (size_t)i, 3, "%02x", id[i]);
+}
+
 /* ---- starting ---- */
 
 void session_started(struct session *session)
@@ -346,12 +353,12 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
                        options->mode);
         return;
     }
-    if (getrandom(s->id, sizeof(s->id), 0) != (ssize_t)sizeof(s->id)) {
+    uint8_t id[MF_SESSION_ID_BYTES];
+    if (getrandom(id, sizeof(id), 0) != (ssize_t)sizeof(id)) {
         session_reject(s, "cannot draw a session id: %s", strerror(errno));
         return;
     }
-    for (unsigned i = 0; i < MF_SESSION_ID_BYTES; i++)
-        snprintf(s->id_text + 2 * (size_t)i, 3, "%02x", s->id[i]);
+    session_set_id(s, id);
     open_vmm(s, options->qmp_path);
 }
 

@@ -127,7 +127,8 @@ void session_reject(struct session *session, const char *fmt, ...)
 void session_tell_cancelled(struct session *session, const char *error);
 /** session_read_figures() - from the session file into `figures`. */
 void session_read_figures(struct session *session);
-struct session *session_by_id(struct daemon *daemon, const char *name);
+/** session_set_id() - as bytes and as text. */
+void session_set_id(struct session *session, const uint8_t id[MF_SESSION_ID_BYTES]);
 const struct vmm_ops *session_vmm_ops(const struct session *session);
 /** sessions_stop() - SIGTERM: cancel what can be cancelled. Return: how many sessions must go on.
  */
@@ -151,6 +152,9 @@ void session_send(struct session *session, uint32_t phase);
 /** precopy_setup() - source, after target_find: begin to track, or change the mode and say so.
  *  Return: 0 or -errno: the mode that was asked for can't be had. */
 int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err);
+/** precopy_send_settings() - give the mover what an operator has set: a new one knows nothing of
+ * it. */
+void precopy_send_settings(struct session *session);
 /** precopy_begin() - the destination is ready: first round, or MF_EV_COPIED at once in mode
  * postcopy. */
 void precopy_begin(struct session *session);

@@ -364,23 +364,16 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
 
 void session_on_mover_ready(struct session *session)
 {
+    if (session->role == MF_SOURCE)
+        precopy_send_settings(session);
     if (session->starting) {
         session_started(session);
         if (session->role == MF_SOURCE) {
-            mover_order(session,
-                        &(struct mf_ipc){.type = MF_IPC_SETTINGS,
-                                         .bandwidth_bits_s = session->bandwidth_bits_s},
-                        -1);
             arm_vm_timer(session, READY_TIMEOUT_S);
             connector_start(session);
         }
         return;
     }
-    if (session->role == MF_SOURCE)
-        mover_order(session,
-                    &(struct mf_ipc){.type = MF_IPC_SETTINGS,
-                                     .bandwidth_bits_s = session->bandwidth_bits_s},
-                    -1);
     if (session->state == MF_S_RECOVERING && !session->connector)
         connector_start(session);
 }

@@ -212,6 +212,8 @@ void tunnel_close(struct tunnel *tunnel);
 /** sweep_init() - once; sweep_restart() - a new link or pass: what Missing named is to be sent
  * again. */
 int sweep_init(struct mover *mover);
+/** sweep_set_pivot() - a fault was here: the sweep goes on from its chunk. */
+void sweep_set_pivot(struct mover *mover, uint32_t region, uint64_t page);
 void sweep_forget_sent(struct mover *mover); /**< everything counts as sent … */
 int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
                   uint64_t pages);           /**< … but this */

@@ -34,13 +34,9 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
     mover->region_count++;
 }
 
-struct punch {
-    const struct region *region;
-};
-
 static void punch_page(void *arg, uint64_t page)
 {
-    const struct region *region = ((struct punch *)arg)->region;
+    const struct region *region = arg;
     if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   (off_t)(page * region->page_bytes), region->page_bytes) != 0)
         mover_fatal("cannot punch a page out of %s: %s", region->name, strerror(errno));
@@ -67,8 +63,7 @@ static void take_over(struct mover *mover, bool restarted)
     if (mover->role == MF_DESTINATION && !restarted)
         empty_files(mover);
     for (unsigned i = 0; i < mover->region_count; i++) {
-        struct punch punch = {.region = &mover->region[i]};
-        missing += mf_page_restart(&mover->view.pages[i], punch_page, &punch);
+        missing += mf_page_restart(&mover->view.pages[i], punch_page, &mover->region[i]);
     }
     atomic_store(&mover->figures->missing_pages, missing);
     if (mover->role == MF_DESTINATION && missing == 0) {

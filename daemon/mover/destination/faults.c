@@ -81,7 +81,7 @@ struct fault_table *faults_table(struct mover *mover)
     return &mover->faults->table;
 }
 
-static struct io_uring_sqe *get_sqe(struct fault_thread *t, enum tag tag, unsigned index)
+static struct io_uring_sqe *get_sqe(struct fault_thread *t)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&t->ring);
     if (!sqe) {
@@ -90,7 +90,6 @@ static struct io_uring_sqe *get_sqe(struct fault_thread *t, enum tag tag, unsign
     }
     if (!sqe)
         mover_fatal("the fault thread's io_uring is full");
-    io_uring_sqe_set_data64(sqe, (uint64_t)tag | (uint64_t)index << 8);
     return sqe;
 }
 
@@ -103,14 +102,14 @@ static void tag_sqe(struct io_uring_sqe *sqe, enum tag tag, unsigned index)
 
 static void arm_uffd(struct fault_thread *t, unsigned context)
 {
-    struct io_uring_sqe *sqe = get_sqe(t, TAG_UFFD, context);
+    struct io_uring_sqe *sqe = get_sqe(t);
     io_uring_prep_poll_multishot(sqe, t->mover->context_fd[context], POLLIN);
     tag_sqe(sqe, TAG_UFFD, context);
 }
 
 static void arm_kick(struct fault_thread *t)
 {
-    struct io_uring_sqe *sqe = get_sqe(t, TAG_KICK, 0);
+    struct io_uring_sqe *sqe = get_sqe(t);
     io_uring_prep_read(sqe, t->kick_fd, &t->kick_value, sizeof(t->kick_value), 0);
     tag_sqe(sqe, TAG_KICK, 0);
 }
@@ -128,7 +127,7 @@ static void send_requests(struct fault_thread *t)
 {
     if (t->sending || t->fd < 0 || t->broken || t->out_have == 0)
         return;
-    struct io_uring_sqe *sqe = get_sqe(t, TAG_SEND, 0);
+    struct io_uring_sqe *sqe = get_sqe(t);
     io_uring_prep_send(sqe, t->fd, t->out, t->out_have, MSG_NOSIGNAL | MSG_WAITALL);
     tag_sqe(sqe, TAG_SEND, 0);
     t->sending = true;
@@ -166,7 +165,7 @@ static void arm_recv(struct fault_thread *t)
 {
     if (t->receiving || t->fd < 0 || t->broken)
         return;
-    struct io_uring_sqe *sqe = get_sqe(t, TAG_RECV, 0);
+    struct io_uring_sqe *sqe = get_sqe(t);
     if (t->huge)
         io_uring_prep_recv(sqe, t->fd, t->huge + t->in_have, t->in_need - t->in_have, 0);
     else
@@ -467,7 +466,7 @@ static void arm_timer(struct fault_thread *t)
 {
     if (t->timer_armed || t->parked_count == 0)
         return;
-    struct io_uring_sqe *sqe = get_sqe(t, TAG_TIMER, 0);
+    struct io_uring_sqe *sqe = get_sqe(t);
     t->timer = (struct __kernel_timespec){.tv_nsec = RETRY_NS};
     io_uring_prep_timeout(sqe, &t->timer, 0, 0);
     tag_sqe(sqe, TAG_TIMER, 0);

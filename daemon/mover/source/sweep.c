@@ -29,6 +29,14 @@ static uint64_t chunk_pages(const struct region *region)
     return region->page_bytes >= CHUNK_BYTES ? 1 : CHUNK_BYTES / region->page_bytes;
 }
 
+void sweep_set_pivot(struct mover *mover, uint32_t region, uint64_t page)
+{
+    struct sweep *sweep = &mover->sweep;
+    atomic_store_explicit(&sweep->pivot,
+                          sweep->chunk_base[region] + page / chunk_pages(&mover->region[region]),
+                          memory_order_relaxed);
+}
+
 int sweep_init(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
@@ -287,7 +295,9 @@ void *source_bulk_main(void *argument)
     schedule_behind();
     int r = ring_open(&ring, 4);
     struct sender *sender = aligned_alloc(64, sizeof(*sender));
-    if (r < 0 || !sender)
+    if (!sender)
+        mover_fatal("out of memory for the frames of a bulk connection");
+    if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     sender_init(sender, mover, &ring, bulk->fd);
     sender->paced = true;

@@ -60,7 +60,6 @@ static void remember(struct urgent *u, uint32_t region, uint64_t page)
 static int answer(struct urgent *u, const struct mf_frame *request)
 {
     struct mover *mover = u->mover;
-    struct sweep *sweep = &mover->sweep;
     for (uint64_t i = 0; i < request->pages; i++) {
         int r = sender_pages(&u->sender, request->region, request->first_page + i, 1, true);
         if (r < 0)
@@ -69,11 +68,7 @@ static int answer(struct urgent *u, const struct mf_frame *request)
     int r = sender_flush(&u->sender);
     if (r < 0)
         return r;
-    const struct region *region = &mover->region[request->region];
-    uint64_t per_chunk = region->page_bytes >= (2u << 20) ? 1 : (2u << 20) / region->page_bytes;
-    atomic_store_explicit(&sweep->pivot,
-                          sweep->chunk_base[request->region] + request->first_page / per_chunk,
-                          memory_order_relaxed);
+    sweep_set_pivot(mover, request->region, request->first_page);
     atomic_fetch_add_explicit(&mover->figures->faults_asked, request->pages, memory_order_relaxed);
     remember(u, request->region, request->first_page);
     return 0;
