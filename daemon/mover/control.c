@@ -255,7 +255,7 @@ static bool regions_agree(const struct mover *mover, const Memferry__Peer__Hello
     }
     for (unsigned i = 0; i < mover->region_count; i++) {
         const Memferry__Peer__Region *theirs = hello->regions[i];
-        const struct region *ours = &mover->region[i];
+        const struct mf_region *ours = &mover->region[i];
         char name[64];
         copy_text(name, sizeof(name), theirs->name);
         if (strcmp(name, ours->name) == 0 && theirs->size_bytes == ours->size_bytes &&

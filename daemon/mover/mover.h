@@ -20,22 +20,13 @@
 
 #include "lib/ipc.h"
 #include "lib/layout.h"
+#include "lib/region.h"
 #include "lib/session_file.h"
 #include "proto/frame.h"
 #include "peer.pb-c.h"
 
 #define MOVER_STREAMS_MAX 16u
 #define MOVER_CONTEXTS_MAX 8u
-
-/** struct region - a RAM file, as this process uses it. */
-struct region {
-    char name[64];
-    uint64_t size_bytes, pages;
-    uint32_t page_bytes;
-    enum mf_memory_kind kind;
-    int fd;
-    uint8_t *map; /**< the second mapping: read-only at the source */
-};
 
 struct mover;
 
@@ -121,7 +112,7 @@ struct mover {
     bool released, guest_running; /**< as in the hello */
 
     unsigned region_count, context_count;
-    struct region region[MF_REGIONS_MAX];
+    struct mf_region region[MF_REGIONS_MAX];
     struct mf_frame_region frame_region[MF_REGIONS_MAX];
     int context_fd[MOVER_CONTEXTS_MAX];
     int pagemap_fd; /**< source: -1 if writes are not tracked */

@@ -15,7 +15,7 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
 {
     if (mover->region_count == MF_REGIONS_MAX || fd < 0 || message->region.page_bytes == 0)
         mover_fatal("memferryd handed over a region that can't be used");
-    struct region *region = &mover->region[mover->region_count];
+    struct mf_region *region = &mover->region[mover->region_count];
     memcpy(region->name, message->region.name, sizeof(region->name));
     region->name[sizeof(region->name) - 1] = '\0';
     region->size_bytes = message->region.size_bytes;
@@ -36,7 +36,7 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
 
 static void punch_page(void *arg, uint64_t page)
 {
-    const struct region *region = arg;
+    const struct mf_region *region = arg;
     if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   (off_t)(page * region->page_bytes), region->page_bytes) != 0)
         mover_fatal("cannot punch a page out of %s: %s", region->name, strerror(errno));

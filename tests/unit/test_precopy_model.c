@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The way of every page from precopy rounds to the end, by the mover's own code (sender.c, land.c,
- * resolve.c, fault_table.c, the page states, the frames), against a model of memory: at the end,
+ * fault_table.c, lib/resolve.c, the page states, the frames), against a model of memory: at the end,
  * and whenever the guest looks, a page at the destination must be what it was at the source when
  * the guest was frozen, or what the guest made of it since.
  *
@@ -290,7 +290,7 @@ int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
     return 0;
 }
 
-static bool is_hole(const struct region *r, uint64_t page)
+static bool is_hole(const struct mf_region *r, uint64_t page)
 {
     off_t at = (off_t)(page * r->page_bytes);
     off_t found = lseek(r->fd, at, SEEK_DATA);
@@ -311,7 +311,7 @@ int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     uint64_t first;
     unsigned map = decode(start_addr, &region, &first);
     (void)uffd;
-    const struct region *r = &dest.region[region];
+    const struct mf_region *r = &dest.region[region];
     *done_bytes = 0;
     for (uint64_t page = first; page < first + length_bytes / r->page_bytes; page++) {
         model_hook();
@@ -329,7 +329,7 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     uint32_t region;
     uint64_t page;
     unsigned map = decode(start_addr, &region, &page);
-    const struct region *r = &dest.region[region];
+    const struct mf_region *r = &dest.region[region];
     (void)uffd;
     model_hook();
     if (mapped[region][map][page] || !is_hole(r, page))
@@ -381,7 +381,7 @@ static void scribble(uint8_t *at, uint32_t page_bytes)
             memcpy(at + places[i], &value, sizeof(value));
 }
 
-static void punch_file(const struct region *r, uint64_t page)
+static void punch_file(const struct mf_region *r, uint64_t page)
 {
     if (fallocate(r->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * r->page_bytes),
                   r->page_bytes) != 0)
@@ -393,7 +393,7 @@ static void guest_at_source(void)
     uint32_t region;
     uint64_t page;
     any_page(&region, &page);
-    const struct region *r = &source.region[region];
+    const struct mf_region *r = &source.region[region];
     uint8_t *at = guest_memory[region] + page * r->page_bytes;
     const unsigned map = below(MAPS);
     switch (below(8)) {
@@ -419,7 +419,7 @@ static void guest_at_source(void)
 
 static void look(uint32_t region, uint64_t page)
 {
-    const struct region *r = &dest.region[region];
+    const struct mf_region *r = &dest.region[region];
     if (memcmp(r->map + page * r->page_bytes, expected[region] + page * r->page_bytes,
                r->page_bytes) != 0)
         fail("the guest finds something else", region, page);
@@ -431,7 +431,7 @@ static void guest_at_destination(void)
     uint64_t page;
     any_page(&region, &page);
     unsigned map = below(MAPS);
-    const struct region *r = &dest.region[region];
+    const struct mf_region *r = &dest.region[region];
     if (!mapped[region][map][page]) {
         wanted[region][map][page] = true;
         if (waiting[region][map][page])
@@ -458,8 +458,13 @@ static void guest_at_destination(void)
 
 static struct resolver resolver_of(bool urgent)
 {
-    return (struct resolver){
-        .mover = &dest, .table = &table, .on_event = nothing, .urgent = urgent};
+    return (struct resolver){.lib = {.region = dest.region,
+                                     .layout = &dest.layout,
+                                     .context_fd = dest.context_fd,
+                                     .on_event = nothing},
+                             .mover = &dest,
+                             .table = &table,
+                             .urgent = urgent};
 }
 
 static void land(unsigned connection)
@@ -533,7 +538,7 @@ static void serve_fault(void)
         }
         fault_table_take(&table, at.region, at.page);
     }
-    resolve_page(&resolver, at.region, at.page);
+    mf_resolve_page(&resolver.lib, at.region, at.page);
 }
 
 /* As the guest's balloon and faults.c's discard_range(): QEMU punches, then the event is read. */
@@ -547,7 +552,7 @@ static void discard(void)
     for (unsigned tries = 0;
          tries < 8 && mf_page_state_of(dest_state[region][page]) != MF_PAGE_LANDING; tries++)
         any_page(&region, &page);
-    const struct region *r = &dest.region[region];
+    const struct mf_region *r = &dest.region[region];
     TRACE("  discard %u:%llu\n", region, (unsigned long long)page);
     punch_file(r, page);
     memset(expected[region] + page * r->page_bytes, 0, r->page_bytes);
@@ -560,7 +565,7 @@ static void discard(void)
         return;
     }
     if (was & MF_PAGE_FAULTED) {
-        resolve_wake(&resolver, region, page);
+        mf_resolve_wake(&resolver.lib, region, page);
         resolve_done(&resolver, region, page);
     }
     land_count_missing(&dest, !mf_page_resolvable(was));
@@ -856,7 +861,7 @@ static void settle(void)
 
 static void set_up_region(uint32_t index, uint64_t pages)
 {
-    struct region *s = &source.region[index], *d = &dest.region[index];
+    struct mf_region *s = &source.region[index], *d = &dest.region[index];
     s->pages = d->pages = pages;
     s->size_bytes = d->size_bytes = pages * s->page_bytes;
     source.view.pages[index] = (struct mf_pages){source_state[index], pages};
@@ -957,12 +962,13 @@ static void run(void)
     settle();
 }
 
-static void make_file(struct region *source_region, struct region *dest_region, uint32_t index)
+static void make_file(struct mf_region *source_region, struct mf_region *dest_region,
+                      uint32_t index)
 {
-    struct region *both[] = {source_region, dest_region};
+    struct mf_region *both[] = {source_region, dest_region};
     const size_t bytes = FILE_BYTES;
     for (unsigned i = 0; i < 2; i++) {
-        struct region *r = both[i];
+        struct mf_region *r = both[i];
         r->page_bytes = index ? HUGE_BYTES : 4096;
         r->kind = index ? MF_MEMORY_HUGETLB : MF_MEMORY_TMPFS;
         r->fd = memfd_create("memferry-model", MFD_CLOEXEC);

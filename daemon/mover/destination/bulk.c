@@ -141,8 +141,12 @@ void *destination_bulk_main(void *argument)
     struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
     schedule_behind();
-    b.resolver = (struct resolver){
-        .mover = self->mover, .table = faults_table(self->mover), .on_event = nothing};
+    b.resolver = (struct resolver){.lib = {.region = self->mover->region,
+                                           .layout = &self->mover->layout,
+                                           .context_fd = self->mover->context_fd,
+                                           .on_event = nothing},
+                                   .mover = self->mover,
+                                   .table = faults_table(self->mover)};
     int r = ring_open(&b.ring, 4);
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));

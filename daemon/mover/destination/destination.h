@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The destination's fault path, file by file:
- *   faults.c       the fault thread: userfaultfd messages in, REQUESTs out, urgent answers in
+ *   faults.c       the fault thread: faults and events in, REQUESTs out, urgent answers in
  *   fault_table.c  who waits since when
  *   land.c         bytes into the page cache, states, then resolve
- *   resolve.c      CONTINUE and ZEROPAGE, and what their errors mean
  *   bulk.c         a bulk connection's thread
+ * What a userfaultfd says is read by lib/events.c; lib/resolve.c makes the ioctls that resolve.
  */
 #pragma once
 
@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "daemon/mover/mover.h"
+#include "lib/resolve.h"
 
 /* ---- fault_table.c ----
  *
@@ -41,35 +42,19 @@ uint64_t fault_table_take(struct fault_table *table, uint32_t region, uint64_t p
 void fault_table_each(struct fault_table *table,
                       void (*each)(void *arg, uint32_t region, uint64_t page), void *arg);
 
-/* ---- resolve.c ---- */
-
-/**
- * struct resolver - how a thread resolves. Only the fault thread may read events, so only it can
- * end an EAGAIN by itself; the others wait for it.
- */
+/** struct resolver - how a thread lands and resolves. Only the fault thread may read events, so
+ * only it can end an EAGAIN by itself; the others wait for it. */
 struct resolver {
+    struct mf_resolver lib;
     struct mover *mover;
     struct fault_table *table;
-    /** on_event: called on EAGAIN; reads events if this is the fault thread. */
-    void (*on_event)(void *arg);
-    void *arg;
     bool urgent; /**< the fault thread's: lands through the second mapping (land.c) */
 };
 
-/** resolve_run() - let the guest have pages whose states say so and which are in the page cache.
- *  Blocks only while an event is unread. */
-void resolve_run(struct resolver *resolver, uint32_t region, uint64_t first, uint64_t pages);
-
-/** resolve_page() - the same for one page that may also be a hole: it is given as zeros. */
-void resolve_page(struct resolver *resolver, uint32_t region, uint64_t page);
-
-/** resolve_wake() - make everybody who waits for a page fault again. */
-void resolve_wake(struct resolver *resolver, uint32_t region, uint64_t page);
+/* ---- land.c ---- */
 
 /** resolve_done() - a page that had FAULTED has been resolved: stop the clock. */
 void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
-
-/* ---- land.c ---- */
 
 /**
  * land_data() - the payload of a DATA frame, already received into @payload: claim the pages, write

@@ -7,9 +7,8 @@
  * therefore costs one wake-up to be read and one when its page arrives, and while it travels others
  * are served.
  *
- * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them; a
- * fault at an address that no mapping covers is parked and tried again after the next event; faults
- * are de-duplicated by page (FAULTED in its state).
+ * Reading messages, applying events and parking faults is lib/events.c. Faults are de-duplicated by
+ * page (FAULTED in its state).
  */
 #include "daemon/mover/destination/destination.h"
 
@@ -24,24 +23,13 @@
 #include <unistd.h>
 
 #include "daemon/mover/ring.h"
-#include "lib/log.h"
-#include "lib/uapi.h"
-#include "lib/uffd.h"
+#include "lib/events.h"
 #include "lib/util.h"
 
-#define FAULTS_ROOM 1024u /**< faults read but not served yet; more are made to fault again */
-#define PARKED_ROOM 256u
 #define REQUESTS_ROOM 4096u /**< REQUESTs not sent yet */
-#define MESSAGES_A_READ 64u
-#define RETRY_NS 5000000 /**< parked faults are tried again this often, at the latest */
+#define RETRY_NS 5000000    /**< parked faults are tried again this often, at the latest */
 
 enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD };
-
-struct fault {
-    uint64_t addr;
-    uint64_t since_ns;
-    uint32_t context;
-};
 
 struct fault_thread {
     struct mover *mover;
@@ -51,12 +39,7 @@ struct fault_thread {
     struct resolver resolver;
     int kick_fd;
     uint64_t kick_value;
-    bool serving; /**< in serve_faults: on_event must not start it again */
-
-    struct fault faults[FAULTS_ROOM];
-    unsigned fault_count;
-    struct fault parked[PARKED_ROOM];
-    unsigned parked_count;
+    struct mf_events events;
     bool timer_armed;
     struct __kernel_timespec timer;
 
@@ -303,20 +286,11 @@ static void change_connection(struct fault_thread *t)
 
 /* ---- faults and events ---- */
 
-static void serve(struct fault_thread *t, const struct fault *fault)
+/* Somebody waits for a page (struct mf_events_ops). */
+static void fault(void *argument, const struct mf_fault *fault, uint32_t region, uint64_t page)
 {
+    struct fault_thread *t = argument;
     struct mover *mover = t->mover;
-    struct mf_mapping mapping;
-    if (!mf_layout_find(&mover->layout, fault->context, fault->addr, &mapping)) {
-        if (t->parked_count < PARKED_ROOM)
-            t->parked[t->parked_count++] = *fault;
-        else /* it will fault again */
-            mf_uffd_wake(mover->context_fd[fault->context], fault->addr & ~UINT64_C(4095), 4096);
-        return;
-    }
-    const uint32_t region = mapping.region;
-    const uint64_t page = (fault->addr - mapping.start_addr + mapping.offset_bytes) /
-                          mover->region[region].page_bytes;
     const struct mf_pages *states = &mover->view.pages[region];
     uint8_t byte = mf_page_load(states, page);
     if (!mf_page_resolvable(byte)) {
@@ -331,128 +305,38 @@ static void serve(struct fault_thread *t, const struct fault *fault)
         }
         fault_table_take(&t->table, region, page);
     }
-    resolve_page(&t->resolver, region, page);
+    mf_resolve_page(&t->resolver.lib, region, page);
     mf_histogram_add(&mover->figures->faults, mf_now_ns() - fault->since_ns);
 }
 
-static void discard_range(struct fault_thread *t, uint32_t context, uint64_t start, uint64_t end)
+/* The target discarded pages (struct mf_events_ops). */
+static void discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
 {
-    struct mover *mover = t->mover;
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned count = mf_layout_get(&mover->layout, mappings, MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < count; i++) {
-        const struct mf_mapping *m = &mappings[i];
-        const uint64_t mapped_end = m->start_addr + m->length_bytes;
-        if (m->context != context || mapped_end <= start || m->start_addr >= end)
-            continue;
-        const uint64_t page_bytes = mover->region[m->region].page_bytes;
-        const uint64_t from = start > m->start_addr ? start : m->start_addr;
-        const uint64_t to = end < mapped_end ? end : mapped_end;
-        const uint64_t first = (from - m->start_addr + m->offset_bytes) / page_bytes;
-        const uint64_t last = (to - 1 - m->start_addr + m->offset_bytes) / page_bytes;
-        uint64_t missing = 0;
-        for (uint64_t page = first; page <= last; page++) {
-            uint8_t was = mf_page_discard(&mover->view.pages[m->region], page);
-            if (mf_page_state_of(was) == MF_PAGE_LANDING)
-                continue; /* its lander finishes it */
-            missing += !mf_page_resolvable(was);
-            /* Not resolved here: that could read events in the middle of a batch of them, and so
-             * apply them out of order. A wake needs no such care; who waits faults again and is
-             * served. */
-            if (was & MF_PAGE_FAULTED) {
-                resolve_wake(&t->resolver, m->region, page);
-                resolve_done(&t->resolver, m->region, page);
-            }
+    struct fault_thread *t = argument;
+    uint64_t missing = 0;
+    for (uint64_t page = first; page < first + pages; page++) {
+        uint8_t was = mf_page_discard(&t->mover->view.pages[region], page);
+        if (mf_page_state_of(was) == MF_PAGE_LANDING)
+            continue; /* its lander finishes it */
+        missing += !mf_page_resolvable(was);
+        if (was & MF_PAGE_FAULTED) {
+            mf_resolve_wake(&t->resolver.lib, region, page);
+            resolve_done(&t->resolver, region, page);
         }
-        land_count_missing(mover, missing);
     }
+    land_count_missing(t->mover, missing);
 }
 
-static void apply_event(struct fault_thread *t, uint32_t context, const struct uffd_msg *message)
-{
-    struct mover *mover = t->mover;
-    int r = 0;
-    switch (message->event) {
-    case UFFD_EVENT_REMOVE:
-        /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has
-         * punched the file before, silently. So the range is discarded either way. */
-        discard_range(t, context, message->arg.remove.start, message->arg.remove.end);
-        mf_uffd_wake(mover->context_fd[context], message->arg.remove.start,
-                     message->arg.remove.end - message->arg.remove.start);
-        break;
-    case UFFD_EVENT_UNMAP:
-        r = mf_layout_unmap(&mover->layout, context, message->arg.remove.start,
-                            message->arg.remove.end);
-        mf_uffd_wake(mover->context_fd[context], message->arg.remove.start,
-                     message->arg.remove.end - message->arg.remove.start);
-        break;
-    case UFFD_EVENT_REMAP:
-        r = mf_layout_remap(&mover->layout, context, message->arg.remap.from, message->arg.remap.to,
-                            message->arg.remap.len);
-        break;
-    default:
-        mf_log(MF_LOG_WARNING, "%s: a userfaultfd message of unknown kind %#x", mover->name,
-               message->event);
-    }
-    if (r < 0)
-        mover_fatal("%s: the VM maps its memory in more than %u pieces", mover->name,
-                    MF_MAPPINGS_MAX);
-}
-
-/* Read everything: events take effect now, faults are queued. Return: was there an event? */
+/* Return: was there an event? */
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
-    struct uffd_msg messages[MESSAGES_A_READ];
-    const int uffd = t->mover->context_fd[context];
-    bool event = false;
-    for (;;) {
-        ssize_t n = read(uffd, messages, sizeof(messages));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0 && errno != EAGAIN)
-            mover_fatal("%s: reading the userfaultfd failed: %s", t->mover->name, strerror(errno));
-        if (n < (ssize_t)sizeof(messages[0]))
-            return event;
-        const uint64_t now_ns = mf_now_ns();
-        for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++) {
-            if (messages[i].event != UFFD_EVENT_PAGEFAULT) {
-                apply_event(t, context, &messages[i]);
-                event = true;
-                continue;
-            }
-            const uint64_t addr = messages[i].arg.pagefault.address;
-            if (t->fault_count < FAULTS_ROOM)
-                t->faults[t->fault_count++] =
-                    (struct fault){.addr = addr, .since_ns = now_ns, .context = context};
-            else /* events must be read whatever happens; this one will fault again */
-                mf_uffd_wake(uffd, addr & ~UINT64_C(4095), 4096);
-        }
-    }
-}
-
-static void serve_faults(struct fault_thread *t, bool event)
-{
-    if (t->serving)
-        return;
-    t->serving = true;
-    if (event && t->parked_count > 0) {
-        struct fault again[PARKED_ROOM];
-        unsigned count = t->parked_count;
-        memcpy(again, t->parked, count * sizeof(again[0]));
-        t->parked_count = 0;
-        for (unsigned i = 0; i < count; i++)
-            serve(t, &again[i]);
-    }
-    /* Serving may read more (EAGAIN): so a batch is taken out, and then the next. */
-    while (t->fault_count > 0) {
-        struct fault batch[FAULTS_ROOM];
-        unsigned count = t->fault_count;
-        memcpy(batch, t->faults, count * sizeof(batch[0]));
-        t->fault_count = 0;
-        for (unsigned i = 0; i < count; i++)
-            serve(t, &batch[i]);
-    }
-    t->serving = false;
+    int r = mf_events_read(&t->events, context);
+    if (r == -E2BIG)
+        mover_fatal("%s: the VM maps its memory in more than %u pieces", t->mover->name,
+                    MF_MAPPINGS_MAX);
+    if (r < 0)
+        mover_fatal("%s: reading the userfaultfd failed: %s", t->mover->name, strerror(-r));
+    return r > 0;
 }
 
 static void on_event(void *argument)
@@ -464,22 +348,13 @@ static void on_event(void *argument)
 
 static void arm_timer(struct fault_thread *t)
 {
-    if (t->timer_armed || t->parked_count == 0)
+    if (t->timer_armed || !mf_events_parked(&t->events))
         return;
     struct io_uring_sqe *sqe = get_sqe(t);
     t->timer = (struct __kernel_timespec){.tv_nsec = RETRY_NS};
     io_uring_prep_timeout(sqe, &t->timer, 0, 0);
     tag_sqe(sqe, TAG_TIMER, 0);
     t->timer_armed = true;
-}
-
-/* Nothing has come that explains them: let them fault again. */
-static void give_up_parked(struct fault_thread *t)
-{
-    for (unsigned i = 0; i < t->parked_count; i++)
-        mf_uffd_wake(t->mover->context_fd[t->parked[i].context],
-                     t->parked[i].addr & ~UINT64_C(4095), 4096);
-    t->parked_count = 0;
 }
 
 static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
@@ -489,7 +364,7 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
     case TAG_UFFD:
         if (cqe->res < 0 || (cqe->res & POLLERR))
             mover_fatal("%s: the userfaultfd can't be waited for", t->mover->name);
-        serve_faults(t, read_messages(t, index));
+        mf_events_serve(&t->events, read_messages(t, index));
         if (!(cqe->flags & IORING_CQE_F_MORE))
             arm_uffd(t, index);
         break;
@@ -504,8 +379,7 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
         break;
     case TAG_TIMER:
         t->timer_armed = false;
-        serve_faults(t, true);
-        give_up_parked(t);
+        mf_events_give_up_parked(&t->events);
         break;
     }
 }
@@ -522,7 +396,7 @@ static void *fault_main(void *argument)
     arm_kick(t);
     /* A poll says "readable" on the way from not to readable: what came before is read here. */
     for (unsigned i = 0; i < t->mover->context_count; i++)
-        serve_faults(t, read_messages(t, i));
+        mf_events_serve(&t->events, read_messages(t, i));
     for (;;) {
         struct io_uring_cqe *cqe;
         change_connection(t);
@@ -536,7 +410,7 @@ static void *fault_main(void *argument)
             struct io_uring_cqe copy = *cqe;
             io_uring_cqe_seen(&t->ring, cqe);
             handle(t, &copy);
-            serve_faults(t, false); /* what landing a page may have read on the way */
+            mf_events_serve(&t->events, false); /* what landing a page may have read on the way */
         }
     }
     return NULL;
@@ -549,6 +423,8 @@ static void kick(struct fault_thread *t)
     (void)n;
 }
 
+static const struct mf_events_ops events_ops = {.fault = fault, .discard = discard};
+
 int faults_start(struct mover *mover)
 {
     struct fault_thread *t = calloc(1, sizeof(*t));
@@ -557,8 +433,19 @@ int faults_start(struct mover *mover)
     t->mover = mover;
     t->fd = -1;
     atomic_store(&t->wanted_fd, -1);
-    t->resolver = (struct resolver){
-        .mover = mover, .table = &t->table, .on_event = on_event, .arg = t, .urgent = true};
+    t->resolver = (struct resolver){.lib = {.region = mover->region,
+                                            .layout = &mover->layout,
+                                            .context_fd = mover->context_fd,
+                                            .on_event = on_event,
+                                            .arg = t},
+                                    .mover = mover,
+                                    .table = &t->table,
+                                    .urgent = true};
+    t->events.ops = &events_ops;
+    t->events.arg = t;
+    t->events.layout = &mover->layout;
+    t->events.region = mover->region;
+    t->events.context_fd = mover->context_fd;
     t->in = aligned_alloc(4096, LEAD + MF_FRAME_DATA_MAX_BYTES + 4096);
     t->kick_fd = eventfd(0, EFD_CLOEXEC);
     if (!t->in || t->kick_fd < 0 || sem_init(&t->done, 0, 0) != 0)

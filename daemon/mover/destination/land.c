@@ -21,11 +21,20 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "lib/util.h"
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
 /* Claimed at once: who waits for one of these pages waits for all. */
 #define RUN_BYTES (64u * 1024u)
+
+void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page)
+{
+    uint64_t since_ns = fault_table_take(resolver->table, region, page);
+    if (since_ns)
+        mf_histogram_add(&resolver->mover->figures->faults, mf_now_ns() - since_ns);
+}
 
 void land_count_missing(struct mover *mover, uint64_t pages)
 {
@@ -37,7 +46,7 @@ void land_count_missing(struct mover *mover, uint64_t pages)
     }
 }
 
-static void punch(const struct region *region, uint64_t page)
+static void punch(const struct mf_region *region, uint64_t page)
 {
     if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   (off_t)(page * region->page_bytes), region->page_bytes) != 0)
@@ -51,7 +60,7 @@ static void finish_discard(struct resolver *resolver, uint32_t region, uint64_t 
     punch(&resolver->mover->region[region], page);
     uint8_t was = mf_page_discard_finish(&resolver->mover->view.pages[region], page);
     if (was & MF_PAGE_FAULTED) {
-        resolve_page(resolver, region, page);
+        mf_resolve_page(&resolver->lib, region, page);
         resolve_done(resolver, region, page);
     }
     land_count_missing(resolver->mover, 1);
@@ -73,7 +82,8 @@ static int write_all(int fd, const uint8_t *from, uint64_t length_bytes, uint64_
 }
 
 /* Through the mapping. Populating first turns "no memory" into an error instead of a signal. */
-static int store(const struct region *region, uint64_t first, uint64_t pages, const uint8_t *from)
+static int store(const struct mf_region *region, uint64_t first, uint64_t pages,
+                 const uint8_t *from)
 {
     uint8_t *to = region->map + first * region->page_bytes;
     if (madvise(to, pages * region->page_bytes, MADV_POPULATE_WRITE) != 0)
@@ -97,7 +107,7 @@ static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t f
                     uint64_t pages, const uint8_t *from, bool round)
 {
     struct mover *mover = resolver->mover;
-    const struct region *region = &mover->region[region_index];
+    const struct mf_region *region = &mover->region[region_index];
     const struct mf_pages *states = &mover->view.pages[region_index];
     int r = resolver->urgent ? store(region, first, pages, from)
                              : write_all(region->fd, from, pages * region->page_bytes,
@@ -130,7 +140,7 @@ static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t f
             page + 1 == first + pages) {
             uint64_t end = discarded ? page : page + 1;
             if (end > run)
-                resolve_run(resolver, region_index, run, end - run);
+                mf_resolve_run(&resolver->lib, region_index, run, end - run);
             while (waiting_count > 0)
                 resolve_done(resolver, region_index, waiting[--waiting_count]);
             run = page + 1;
@@ -168,7 +178,7 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
 
 int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to)
 {
-    const struct region *region = &resolver->mover->region[frame->region];
+    const struct mf_region *region = &resolver->mover->region[frame->region];
     uint8_t *at = region->map + frame->first_page * region->page_bytes;
     *to = NULL;
     if (!mf_page_claim(&resolver->mover->view.pages[frame->region], frame->first_page))
@@ -200,7 +210,7 @@ void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool
         atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
         return;
     }
-    resolve_run(resolver, frame->region, frame->first_page, 1);
+    mf_resolve_run(&resolver->lib, frame->region, frame->first_page, 1);
     if (was & MF_PAGE_FAULTED)
         resolve_done(resolver, frame->region, frame->first_page);
     atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
@@ -215,7 +225,7 @@ struct zero_waiter {
 static void zero_waiter(void *argument, uint64_t page)
 {
     struct zero_waiter *z = argument;
-    resolve_page(z->resolver, z->region, page);
+    mf_resolve_page(&z->resolver->lib, z->region, page);
     resolve_done(z->resolver, z->region, page);
 }
 
@@ -224,7 +234,7 @@ static uint64_t zero_landed(struct resolver *resolver, const struct mf_frame *fr
                             uint64_t pages)
 {
     const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
-    const struct region *region = &resolver->mover->region[frame->region];
+    const struct mf_region *region = &resolver->mover->region[frame->region];
     uint64_t confirmed = 0;
     for (uint64_t page = first; page < first + pages; page++) {
         if (!mf_page_claim(states, page))
@@ -241,7 +251,7 @@ static uint64_t zero_landed(struct resolver *resolver, const struct mf_frame *fr
             continue;
         confirmed++;
         if (was & MF_PAGE_FAULTED) {
-            resolve_page(resolver, frame->region, page);
+            mf_resolve_page(&resolver->lib, frame->region, page);
             resolve_done(resolver, frame->region, page);
         }
     }
@@ -281,7 +291,7 @@ static void resolve_confirmed(struct resolver *resolver, uint32_t region, uint64
         uint8_t state = 0;
         uint64_t run = mf_page_run_of(states, MF_PAGE_STATE_MASK, page, end, &state);
         if (state == MF_PAGE_CONFIRMED)
-            resolve_run(resolver, region, page, run);
+            mf_resolve_run(&resolver->lib, region, page, run);
         page += run;
     }
 }

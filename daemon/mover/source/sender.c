@@ -75,7 +75,7 @@ static void count(_Atomic uint64_t *figure, uint64_t pages)
 static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uint32_t region,
                    uint64_t first, uint64_t pages)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const bool data = type == MF_FRAME_DATA;
     return put_frame(s,
                      &(struct mf_frame){.type = (uint8_t)type,
@@ -109,7 +109,7 @@ static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint
  * would allocate a huge page for a hole, or end in SIGBUS where none is free. read(2) does neither;
  * the mapping is touched only for pages that have bytes.
  */
-static bool reads_as_zeros(struct sender *s, const struct region *r, uint64_t page)
+static bool reads_as_zeros(struct sender *s, const struct mf_region *r, uint64_t page)
 {
     if (r->kind != MF_MEMORY_HUGETLB)
         return mf_is_zero(r->map + page * r->page_bytes, r->page_bytes);
@@ -163,7 +163,7 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
  */
 static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t page)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const uint8_t byte = mf_page_load(&s->mover->view.pages[region], page);
     const uint8_t copied = byte & MF_PAGE_COPY_MASK;
     const bool zero = reads_as_zeros(s, r, page);
@@ -176,13 +176,13 @@ static enum mf_frame_type classify(struct sender *s, uint32_t region, uint64_t p
     return zero ? MF_FRAME_ZERO : MF_FRAME_DATA;
 }
 
-static uint64_t longest_run(const struct region *r)
+static uint64_t longest_run(const struct mf_region *r)
 {
     return r->page_bytes >= SENDER_BATCH_BYTES ? 1 : SENDER_BATCH_BYTES / r->page_bytes;
 }
 
 /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
-static void populate(const struct region *r, uint64_t first, uint64_t end)
+static void populate(const struct mf_region *r, uint64_t first, uint64_t end)
 {
     if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
         madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
@@ -192,7 +192,7 @@ static void populate(const struct region *r, uint64_t first, uint64_t end)
 static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint64_t end,
                          bool again)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const struct mf_pages *states = &s->mover->view.pages[region];
     uint64_t page = first, run = first;
     enum mf_frame_type type = MF_FRAME_DATA;
@@ -225,8 +225,8 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
  * about pages that a scan of the VM's page tables has just found mapped. hugetlbfs knows no
  * SEEK_DATA and calls everything data.
  */
-static int next_extent(const struct sender *s, const struct region *r, uint64_t page, uint64_t end,
-                       bool *data, uint64_t *until)
+static int next_extent(const struct sender *s, const struct mf_region *r, uint64_t page,
+                       uint64_t end, bool *data, uint64_t *until)
 {
     const bool tracked = s->mover->pagemap_fd >= 0;
     for (uint64_t at = page;; at++) {
@@ -246,7 +246,7 @@ static int next_extent(const struct sender *s, const struct region *r, uint64_t 
 
 int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool again)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     uint64_t page = first;
     look_for_writes(s, region, first, pages);
@@ -306,7 +306,7 @@ static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t
  */
 static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t end)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const struct mf_pages *states = &s->mover->view.pages[region];
     if (protect(s, region, first, end - first) < 0)
         return take_back(s, region, first, end - first,
@@ -335,7 +335,7 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
 
 int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool all)
 {
-    const struct region *r = &s->mover->region[region];
+    const struct mf_region *r = &s->mover->region[region];
     const uint64_t end = first + pages;
     look_for_writes(s, region, first, pages);
     bool any = all;

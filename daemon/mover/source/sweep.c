@@ -24,7 +24,7 @@
 
 #define CHUNK_BYTES (2u << 20)
 
-static uint64_t chunk_pages(const struct region *region)
+static uint64_t chunk_pages(const struct mf_region *region)
 {
     return region->page_bytes >= CHUNK_BYTES ? 1 : CHUNK_BYTES / region->page_bytes;
 }
@@ -41,7 +41,7 @@ int sweep_init(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
     for (unsigned i = 0; i < mover->region_count; i++) {
-        const struct region *region = &mover->region[i];
+        const struct mf_region *region = &mover->region[i];
         sweep->chunk_base[i] = sweep->chunk_count;
         sweep->chunk_count += (region->pages + chunk_pages(region) - 1) / chunk_pages(region);
     }
@@ -63,7 +63,7 @@ int sweep_missing(struct mover *mover, uint32_t region, uint64_t first, uint64_t
 {
     if (region >= mover->region_count)
         return -EPROTO;
-    const struct region *r = &mover->region[region];
+    const struct mf_region *r = &mover->region[region];
     if (pages == 0 || first >= r->pages || pages > r->pages - first)
         return -EPROTO;
     mf_page_fill(&mover->view.pages[region], first, pages, MF_PAGE_UNSENT);
@@ -234,7 +234,7 @@ static int send_chunk(struct sender *sender, uint64_t chunk, uint32_t round)
     unsigned region = 0;
     while (chunk >= sweep->chunk_base[region + 1])
         region++;
-    const struct region *r = &mover->region[region];
+    const struct mf_region *r = &mover->region[region];
     uint64_t first = (chunk - sweep->chunk_base[region]) * chunk_pages(r);
     uint64_t pages = chunk_pages(r);
     if (pages > r->pages - first)

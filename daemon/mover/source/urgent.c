@@ -102,7 +102,7 @@ static int answer_all(struct urgent *u)
 static int send_neighbours(struct urgent *u)
 {
     struct recent window = u->recent[--u->recent_count];
-    const struct region *region = &u->mover->region[window.region];
+    const struct mf_region *region = &u->mover->region[window.region];
     uint64_t pages = window_pages(u);
     if (pages > region->pages - window.first)
         pages = region->pages - window.first;

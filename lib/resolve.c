@@ -1,12 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/*
- * Resolving: what the kernel's answers mean (doc/kernel.md has them as a table).
- *
- * Whoever calls has stored the state first (I1). A page may be mapped at several addresses, or at
- * none any more; between the look at the layout and the ioctl a mapping may go away, which the
- * kernel answers with ENOENT, and the UNMAP event then takes it out of the layout.
- */
-#include "daemon/mover/destination/destination.h"
+#include "lib/resolve.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,19 +7,12 @@
 #include <time.h>
 
 #include "lib/uffd.h"
-#include "lib/util.h"
 
+/* Of one page or run; mappings beyond this are resolved when they are touched. */
 #define RANGES_MAX 32u
 
-void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page)
-{
-    uint64_t since_ns = fault_table_take(resolver->table, region, page);
-    if (since_ns)
-        mf_histogram_add(&resolver->mover->figures->faults, mf_now_ns() - since_ns);
-}
-
 /* EAGAIN without progress: an event is unread, or its victim has not run on yet. Soon it has. */
-static void wait_for_event(struct resolver *resolver, unsigned attempt)
+static void wait_for_event(const struct mf_resolver *resolver, unsigned attempt)
 {
     resolver->on_event(resolver->arg);
     if (attempt < 8)
@@ -46,7 +32,7 @@ static void let_fault_again(int uffd, uint64_t addr, uint64_t length_bytes, int 
     mf_uffd_wake(uffd, addr, length_bytes);
 }
 
-static void continue_range(struct resolver *resolver, int uffd, uint64_t at, uint64_t end,
+static void continue_range(const struct mf_resolver *resolver, int uffd, uint64_t at, uint64_t end,
                            uint64_t page_bytes)
 {
     uint64_t step = end - at;
@@ -74,33 +60,31 @@ static void continue_range(struct resolver *resolver, int uffd, uint64_t at, uin
     }
 }
 
-void resolve_run(struct resolver *resolver, uint32_t region, uint64_t first, uint64_t pages)
+void mf_resolve_run(const struct mf_resolver *resolver, uint32_t region, uint64_t first,
+                    uint64_t pages)
 {
-    struct mover *mover = resolver->mover;
-    const uint64_t page_bytes = mover->region[region].page_bytes;
+    const uint64_t page_bytes = resolver->region[region].page_bytes;
     struct mf_range ranges[RANGES_MAX];
-    unsigned count = mf_layout_ranges(&mover->layout, region, first * page_bytes,
+    unsigned count = mf_layout_ranges(resolver->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, RANGES_MAX);
-    /* Mappings beyond the table's room are resolved when they are touched. */
     for (unsigned i = 0; i < count && i < RANGES_MAX; i++)
-        continue_range(resolver, mover->context_fd[ranges[i].context], ranges[i].start_addr,
+        continue_range(resolver, resolver->context_fd[ranges[i].context], ranges[i].start_addr,
                        ranges[i].start_addr + ranges[i].length_bytes, page_bytes);
 }
 
-void resolve_wake(struct resolver *resolver, uint32_t region, uint64_t page)
+void mf_resolve_wake(const struct mf_resolver *resolver, uint32_t region, uint64_t page)
 {
-    struct mover *mover = resolver->mover;
-    const uint64_t page_bytes = mover->region[region].page_bytes;
+    const uint64_t page_bytes = resolver->region[region].page_bytes;
     struct mf_range ranges[RANGES_MAX];
-    unsigned count =
-        mf_layout_ranges(&mover->layout, region, page * page_bytes, page_bytes, ranges, RANGES_MAX);
+    unsigned count = mf_layout_ranges(resolver->layout, region, page * page_bytes, page_bytes,
+                                      ranges, RANGES_MAX);
     for (unsigned i = 0; i < count && i < RANGES_MAX; i++)
-        mf_uffd_wake(mover->context_fd[ranges[i].context], ranges[i].start_addr,
+        mf_uffd_wake(resolver->context_fd[ranges[i].context], ranges[i].start_addr,
                      ranges[i].length_bytes);
 }
 
 /* Give zeros for a hole. */
-static int give_zeros(const struct region *region, uint64_t page, int uffd, uint64_t addr)
+static int give_zeros(const struct mf_region *region, uint64_t page, int uffd, uint64_t addr)
 {
     uint64_t done_bytes = 0;
     if (region->kind != MF_MEMORY_HUGETLB)
@@ -112,15 +96,14 @@ static int give_zeros(const struct region *region, uint64_t page, int uffd, uint
     return mf_uffd_continue(uffd, addr, region->page_bytes, &done_bytes);
 }
 
-void resolve_page(struct resolver *resolver, uint32_t region_index, uint64_t page)
+void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region_index, uint64_t page)
 {
-    struct mover *mover = resolver->mover;
-    const struct region *region = &mover->region[region_index];
+    const struct mf_region *region = &resolver->region[region_index];
     struct mf_range ranges[RANGES_MAX];
-    unsigned count = mf_layout_ranges(&mover->layout, region_index, page * region->page_bytes,
+    unsigned count = mf_layout_ranges(resolver->layout, region_index, page * region->page_bytes,
                                       region->page_bytes, ranges, RANGES_MAX);
     for (unsigned i = 0; i < count && i < RANGES_MAX; i++) {
-        const int uffd = mover->context_fd[ranges[i].context];
+        const int uffd = resolver->context_fd[ranges[i].context];
         const uint64_t addr = ranges[i].start_addr;
         for (unsigned attempt = 0;; attempt++) {
             uint64_t done_bytes = 0;
