@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The way of every page from precopy rounds to the end, by the mover's own code (sender.c, land.c,
- * fault_table.c, lib/resolve.c, the page states, the frames), against a model of memory: at the end,
- * and whenever the guest looks, a page at the destination must be what it was at the source when
- * the guest was frozen, or what the guest made of it since.
+ * The way of every page from precopy rounds to the end, by the code of mover and lib (sender.c,
+ * land.c, resolve.c, fault_table.c, the page states, the frames), against a model of memory: at the
+ * end, and whenever the guest looks, a page at the destination must be what it was at the source
+ * when the guest was frozen, or what the guest made of it since.
  *
  * Everything runs in one thread, and chance decides who goes next: threads of both movers, the
  * guest, discards, the loss of the link, a crash. In the middle of what one does others may come in
@@ -456,20 +456,22 @@ static void guest_at_destination(void)
 
 /* ---- threads of the destination's mover ---- */
 
-static struct resolver resolver_of(bool urgent)
+struct fault_table *faults_table(struct mover *mover)
 {
-    return (struct resolver){.lib = {.region = dest.region,
-                                     .layout = &dest.layout,
-                                     .context_fd = dest.context_fd,
-                                     .on_event = nothing},
-                             .mover = &dest,
-                             .table = &table,
-                             .urgent = urgent};
+    (void)mover;
+    return &table;
+}
+
+static struct mf_lander lander_of(bool urgent)
+{
+    struct mf_lander lander = account_lander(&dest, nothing, NULL);
+    lander.by_mapping = urgent;
+    return lander;
 }
 
 static void land(unsigned connection)
 {
-    struct resolver resolver = resolver_of(connection == URGENT);
+    struct mf_lander lander = lander_of(connection == URGENT);
     struct mf_frame frame;
     const char *why = NULL;
     const size_t have = queue[connection].have - queue[connection].taken;
@@ -496,22 +498,22 @@ static void land(unsigned connection)
     } else if (frame.type == MF_FRAME_DATA && frame.region == 1) {
         uint8_t *to = NULL;
         bool arrives = !(may_break && phase == RELEASED && below(10) == 0);
-        if (land_begin_huge(&resolver, &frame, &to) < 0)
+        if (mf_land_begin_huge(&lander, &frame, &to) < 0)
             fail("no memory", frame.region, frame.first_page);
         for (uint32_t part = 0; to && part < (arrives ? 4u : 2u); part++) {
             memcpy(to + part * (HUGE_BYTES / 4), payload + part * (HUGE_BYTES / 4), HUGE_BYTES / 4);
             model_hook();
         }
         if (to)
-            land_end_huge(&resolver, &frame, arrives);
+            mf_land_end_huge(&lander, &frame, arrives);
         broken |= !arrives;
     } else if (frame.type == MF_FRAME_DATA) {
-        if (land_data(&resolver, &frame, payload) < 0)
+        if (mf_land_data(&lander, &frame, payload) < 0)
             broken = true;
     } else if (frame.type == MF_FRAME_ZERO) {
-        land_zero(&resolver, &frame);
+        mf_land_zero(&lander, &frame);
     } else {
-        land_current(&resolver, &frame);
+        mf_land_current(&lander, &frame);
     }
 }
 
@@ -521,7 +523,7 @@ static void serve_fault(void)
     unsigned which = below(fault_count), map = fault[which].map;
     struct page_at at = fault[which].at;
     fault[which] = fault[--fault_count];
-    struct resolver resolver = resolver_of(true);
+    struct mf_lander lander = lander_of(true);
     const struct mf_pages *states = &dest.view.pages[at.region];
     uint8_t byte = mf_page_load(states, at.page);
     if (!waiting[at.region][map][at.page])
@@ -538,13 +540,13 @@ static void serve_fault(void)
         }
         fault_table_take(&table, at.region, at.page);
     }
-    mf_resolve_page(&resolver.lib, at.region, at.page);
+    mf_resolve_page(&lander.resolver, at.region, at.page);
 }
 
 /* As the guest's balloon and faults.c's discard_range(): QEMU punches, then the event is read. */
 static void discard(void)
 {
-    struct resolver resolver = resolver_of(true);
+    struct mf_lander lander = lander_of(true);
     uint32_t region;
     uint64_t page;
     any_page(&region, &page);
@@ -565,10 +567,10 @@ static void discard(void)
         return;
     }
     if (was & MF_PAGE_FAULTED) {
-        mf_resolve_wake(&resolver.lib, region, page);
-        resolve_done(&resolver, region, page);
+        mf_resolve_wake(&lander.resolver, region, page);
+        account_served(&dest, region, page);
     }
-    land_count_missing(&dest, !mf_page_resolvable(was));
+    account_missing(&dest, !mf_page_resolvable(was));
 }
 
 static void fault_thread(void)

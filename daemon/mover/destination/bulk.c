@@ -22,7 +22,7 @@
 struct bulk {
     struct bulk_thread *self;
     struct mover *mover;
-    struct resolver resolver;
+    struct mf_lander lander;
     struct io_uring ring;
     uint8_t *buffer; /**< LEAD + PAYLOAD_ROOM + a header, aligned */
     size_t have;     /**< bytes from the header on */
@@ -65,9 +65,9 @@ static void consume(struct bulk *b, size_t bytes)
 static int receive_huge(struct bulk *b, const struct mf_frame *frame)
 {
     uint8_t *to = NULL;
-    int begun = land_begin_huge(&b->resolver, frame, &to);
+    int begun = mf_land_begin_huge(&b->lander, frame, &to);
     if (begun < 0)
-        return land_failed(b->mover, begun);
+        return account_failed(b->mover, begun);
     size_t have = b->have - MF_FRAME_HEADER_BYTES; /* at most one header's worth of payload */
     int r = 1;
     if (to)
@@ -88,7 +88,7 @@ static int receive_huge(struct bulk *b, const struct mf_frame *frame)
         }
     }
     if (to)
-        land_end_huge(&b->resolver, frame, r > 0);
+        mf_land_end_huge(&b->lander, frame, r > 0);
     return r;
 }
 
@@ -112,15 +112,15 @@ static int one_frame(struct bulk *b)
         return r;
     switch (frame.type) {
     case MF_FRAME_DATA:
-        r = land_data(&b->resolver, &frame, frame_at(b) + MF_FRAME_HEADER_BYTES);
+        r = mf_land_data(&b->lander, &frame, frame_at(b) + MF_FRAME_HEADER_BYTES);
         if (r < 0)
-            return land_failed(b->mover, r);
+            return account_failed(b->mover, r);
         break;
     case MF_FRAME_ZERO:
-        land_zero(&b->resolver, &frame);
+        mf_land_zero(&b->lander, &frame);
         break;
     case MF_FRAME_CURRENT:
-        land_current(&b->resolver, &frame);
+        mf_land_current(&b->lander, &frame);
         break;
     case MF_FRAME_BARRIER:
         if (frame.flags & MF_FRAME_FLAG_ROUND) {
@@ -141,12 +141,7 @@ void *destination_bulk_main(void *argument)
     struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
     schedule_behind();
-    b.resolver = (struct resolver){.lib = {.region = self->mover->region,
-                                           .layout = &self->mover->layout,
-                                           .context_fd = self->mover->context_fd,
-                                           .on_event = nothing},
-                                   .mover = self->mover,
-                                   .table = faults_table(self->mover)};
+    b.lander = account_lander(self->mover, nothing, NULL);
     int r = ring_open(&b.ring, 4);
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));

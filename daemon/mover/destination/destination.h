@@ -3,9 +3,10 @@
  * The destination's fault path, file by file:
  *   faults.c       the fault thread: faults and events in, REQUESTs out, urgent answers in
  *   fault_table.c  who waits since when
- *   land.c         bytes into the page cache, states, then resolve
+ *   account.c      what landing a page means to the session
  *   bulk.c         a bulk connection's thread
- * What a userfaultfd says is read by lib/events.c; lib/resolve.c makes the ioctls that resolve.
+ * What a userfaultfd says is read by lib/events.c; lib/land.c gets bytes into the page cache, and
+ * lib/resolve.c makes the ioctls that resolve.
  */
 #pragma once
 
@@ -14,7 +15,7 @@
 #include <stdint.h>
 
 #include "daemon/mover/mover.h"
-#include "lib/resolve.h"
+#include "lib/land.h"
 
 /* ---- fault_table.c ----
  *
@@ -42,45 +43,22 @@ uint64_t fault_table_take(struct fault_table *table, uint32_t region, uint64_t p
 void fault_table_each(struct fault_table *table,
                       void (*each)(void *arg, uint32_t region, uint64_t page), void *arg);
 
-/** struct resolver - how a thread lands and resolves. Only the fault thread may read events, so
- * only it can end an EAGAIN by itself; the others wait for it. */
-struct resolver {
-    struct mf_resolver lib;
-    struct mover *mover;
-    struct fault_table *table;
-    bool urgent; /**< the fault thread's: lands through the second mapping (land.c) */
-};
+/* ---- account.c ---- */
 
-/* ---- land.c ---- */
+/** account_lander() - what a thread lands with, its figures and failures being those of @mover.
+ * @on_event, @arg: see struct mf_resolver. */
+struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg), void *arg);
 
-/** resolve_done() - a page that had FAULTED has been resolved: stop the clock. */
-void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page);
+/** account_served() - a page that had FAULTED has been resolved: stop the clock. Any thread. */
+void account_served(struct mover *mover, uint32_t region, uint64_t page);
 
-/**
- * land_data() - the payload of a DATA frame, already received into @payload: claim the pages, write
- * them into the RAM file, confirm, resolve. Pages that somebody else has filled are skipped.
- * Return: 0, or -errno of writing the RAM file (-ENOSPC, -ENOMEM: the pages stay missing).
- */
-int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload);
+/** account_missing() - @pages have become resolvable; tells the main thread at the last one. Any
+ * thread. */
+void account_missing(struct mover *mover, uint64_t pages);
 
-/** land_begin_huge() / land_end_huge() - a page of hugetlbfs, received straight into the second
- * mapping. begin: @to is where to receive to, or NULL: somebody else has it, receive into scratch.
- *  Return: 0, or -errno: no huge page is to be had. end: has it @arrived? */
-int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to);
-void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived);
-
-/** land_zero() - a ZERO frame. */
-void land_zero(struct resolver *resolver, const struct mf_frame *frame);
-
-/** land_current() - a CURRENT frame: what lies here is right. */
-void land_current(struct resolver *resolver, const struct mf_frame *frame);
-
-/** land_failed() - @error, an -errno of landing a frame, ends the link: what is not known to be
+/** account_failed() - @error, an -errno of landing a frame, ends the link: what is not known to be
  * here is asked for again over the next one. Says that it is memory that lacks. Return: @error. */
-int land_failed(struct mover *mover, int error);
-
-/** land_count_missing() - @pages have become resolvable; tells the main thread at the last one. */
-void land_count_missing(struct mover *mover, uint64_t pages);
+int account_failed(struct mover *mover, int error);
 
 /* ---- faults.c ---- */
 struct fault_table *faults_table(struct mover *mover);

@@ -36,7 +36,7 @@ struct fault_thread {
     pthread_t thread;
     struct io_uring ring;
     struct fault_table table;
-    struct resolver resolver;
+    struct mf_lander lander;
     int kick_fd;
     uint64_t kick_value;
     struct mf_events events;
@@ -170,9 +170,9 @@ static void begin_huge(struct fault_thread *t)
 {
     size_t along = t->in_have - MF_FRAME_HEADER_BYTES;
     t->huge = NULL;
-    int r = land_begin_huge(&t->resolver, &t->frame, &t->huge);
+    int r = mf_land_begin_huge(&t->lander, &t->frame, &t->huge);
     if (r < 0) {
-        land_failed(t->mover, r);
+        account_failed(t->mover, r);
         t->broken = true;
         return;
     }
@@ -194,7 +194,7 @@ static void end_huge(struct fault_thread *t, bool arrived)
     if (t->frame.flags == 0xff)
         free(t->huge);
     else
-        land_end_huge(&t->resolver, &t->frame, arrived);
+        mf_land_end_huge(&t->lander, &t->frame, arrived);
     t->huge = NULL;
 }
 
@@ -229,13 +229,13 @@ static void take_frames(struct fault_thread *t)
         }
         int r = 0;
         if (t->frame.type == MF_FRAME_DATA)
-            r = land_data(&t->resolver, &t->frame, header + MF_FRAME_HEADER_BYTES);
+            r = mf_land_data(&t->lander, &t->frame, header + MF_FRAME_HEADER_BYTES);
         else if (t->frame.type == MF_FRAME_ZERO)
-            land_zero(&t->resolver, &t->frame);
+            mf_land_zero(&t->lander, &t->frame);
         else if (t->frame.type == MF_FRAME_CURRENT)
-            land_current(&t->resolver, &t->frame);
+            mf_land_current(&t->lander, &t->frame);
         if (r < 0) {
-            land_failed(t->mover, r);
+            account_failed(t->mover, r);
             t->broken = true;
             return;
         }
@@ -305,7 +305,7 @@ static void fault(void *argument, const struct mf_fault *fault, uint32_t region,
         }
         fault_table_take(&t->table, region, page);
     }
-    mf_resolve_page(&t->resolver.lib, region, page);
+    mf_resolve_page(&t->lander.resolver, region, page);
     mf_histogram_add(&mover->figures->faults, mf_now_ns() - fault->since_ns);
 }
 
@@ -320,11 +320,11 @@ static void discard(void *argument, uint32_t region, uint64_t first, uint64_t pa
             continue; /* its lander finishes it */
         missing += !mf_page_resolvable(was);
         if (was & MF_PAGE_FAULTED) {
-            mf_resolve_wake(&t->resolver.lib, region, page);
-            resolve_done(&t->resolver, region, page);
+            mf_resolve_wake(&t->lander.resolver, region, page);
+            account_served(t->mover, region, page);
         }
     }
-    land_count_missing(t->mover, missing);
+    account_missing(t->mover, missing);
 }
 
 /* Return: was there an event? */
@@ -433,14 +433,8 @@ int faults_start(struct mover *mover)
     t->mover = mover;
     t->fd = -1;
     atomic_store(&t->wanted_fd, -1);
-    t->resolver = (struct resolver){.lib = {.region = mover->region,
-                                            .layout = &mover->layout,
-                                            .context_fd = mover->context_fd,
-                                            .on_event = on_event,
-                                            .arg = t},
-                                    .mover = mover,
-                                    .table = &t->table,
-                                    .urgent = true};
+    t->lander = account_lander(mover, on_event, t);
+    t->lander.by_mapping = true;
     t->events.ops = &events_ops;
     t->events.arg = t;
     t->events.layout = &mover->layout;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Landing: bytes into the RAM file, so that they are in the page cache that the guest maps.
+ * How landing is done fastest, and why not in one way.
  *
  * On tmpfs a run is received into a small buffer that stays in the processor's cache and written
  * with one pwrite(2). That is one copy more than receiving into a mapping, and still much faster:
@@ -13,7 +13,7 @@
  *
  * hugetlbfs has no write(2); its pages are received straight into the second mapping.
  */
-#include "daemon/mover/destination/destination.h"
+#include "lib/land.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,49 +21,35 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "lib/util.h"
-
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
 /* Claimed at once: who waits for one of these pages waits for all. */
 #define RUN_BYTES (64u * 1024u)
 
-void resolve_done(struct resolver *resolver, uint32_t region, uint64_t page)
+static int punch(const struct mf_region *region, uint64_t page)
 {
-    uint64_t since_ns = fault_table_take(resolver->table, region, page);
-    if (since_ns)
-        mf_histogram_add(&resolver->mover->figures->faults, mf_now_ns() - since_ns);
-}
-
-void land_count_missing(struct mover *mover, uint64_t pages)
-{
-    if (pages == 0)
-        return;
-    if (atomic_fetch_sub(&mover->figures->missing_pages, pages) == pages) {
-        atomic_store(&mover->confirmed_all, true);
-        mover_wake(mover);
-    }
-}
-
-static void punch(const struct mf_region *region, uint64_t page)
-{
-    if (fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  (off_t)(page * region->page_bytes), region->page_bytes) != 0)
-        mover_fatal("cannot punch a discarded page out of %s", region->name);
+    return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     (off_t)(page * region->page_bytes), region->page_bytes) == 0
+               ? 0
+               : -errno;
 }
 
 /* A page was discarded while this thread filled it: take the bytes out again, then let it be zeros.
  */
-static void finish_discard(struct resolver *resolver, uint32_t region, uint64_t page)
+static void finish_discard(const struct mf_lander *lander, uint32_t region, uint64_t page)
 {
-    punch(&resolver->mover->region[region], page);
-    uint8_t was = mf_page_discard_finish(&resolver->mover->view.pages[region], page);
-    if (was & MF_PAGE_FAULTED) {
-        mf_resolve_page(&resolver->lib, region, page);
-        resolve_done(resolver, region, page);
+    int r = punch(&lander->resolver.region[region], page);
+    if (r < 0) {
+        lander->ops->broken(lander->arg, region, r);
+        return;
     }
-    land_count_missing(resolver->mover, 1);
+    uint8_t was = mf_page_discard_finish(&lander->pages[region], page);
+    if (was & MF_PAGE_FAULTED) {
+        mf_resolve_page(&lander->resolver, region, page);
+        lander->ops->served(lander->arg, region, page);
+    }
+    lander->ops->landed(lander->arg, MF_LANDED_DISCARDED, 1);
 }
 
 static int write_all(int fd, const uint8_t *from, uint64_t length_bytes, uint64_t offset_bytes)
@@ -92,38 +78,27 @@ static int store(const struct mf_region *region, uint64_t first, uint64_t pages,
     return 0;
 }
 
-int land_failed(struct mover *mover, int error)
-{
-    link_fail(
-        mover,
-        "the destination cannot write %s's memory: %s; free memory there, the session goes on "
-        "by itself",
-        mover->name, error == -EFAULT ? "no huge page is free" : strerror(-error));
-    return error;
-}
-
 /* [first, first + pages): claimed by this call. */
-static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t first,
+static int land_run(const struct mf_lander *lander, uint32_t region_index, uint64_t first,
                     uint64_t pages, const uint8_t *from, bool round)
 {
-    struct mover *mover = resolver->mover;
-    const struct mf_region *region = &mover->region[region_index];
-    const struct mf_pages *states = &mover->view.pages[region_index];
-    int r = resolver->urgent ? store(region, first, pages, from)
-                             : write_all(region->fd, from, pages * region->page_bytes,
-                                         first * region->page_bytes);
+    const struct mf_region *region = &lander->resolver.region[region_index];
+    const struct mf_pages *states = &lander->pages[region_index];
+    int r = lander->by_mapping ? store(region, first, pages, from)
+                               : write_all(region->fd, from, pages * region->page_bytes,
+                                           first * region->page_bytes);
     if (r < 0) {
         for (uint64_t page = first; page < first + pages; page++)
             if (mf_page_unclaim(states, page) & MF_PAGE_DISCARD)
-                finish_discard(resolver, region_index, page);
+                finish_discard(lander, region_index, page);
         return r;
     }
     if (round) {
         /* The guest still runs at the source: what this is worth is said after RELEASE. */
         for (uint64_t page = first; page < first + pages; page++)
             if (mf_page_land_unconfirmed(states, page, true) & MF_PAGE_DISCARD)
-                finish_discard(resolver, region_index, page);
-        atomic_fetch_add_explicit(&mover->figures->data_pages, pages, memory_order_relaxed);
+                finish_discard(lander, region_index, page);
+        lander->ops->landed(lander->arg, MF_LANDED_ROUND, pages);
         return 0;
     }
     /* Almost always nobody waits and nothing was discarded; then this is one ioctl for the run. */
@@ -140,23 +115,23 @@ static int land_run(struct resolver *resolver, uint32_t region_index, uint64_t f
             page + 1 == first + pages) {
             uint64_t end = discarded ? page : page + 1;
             if (end > run)
-                mf_resolve_run(&resolver->lib, region_index, run, end - run);
+                mf_resolve_run(&lander->resolver, region_index, run, end - run);
             while (waiting_count > 0)
-                resolve_done(resolver, region_index, waiting[--waiting_count]);
+                lander->ops->served(lander->arg, region_index, waiting[--waiting_count]);
             run = page + 1;
         }
         if (discarded)
-            finish_discard(resolver, region_index, page);
+            finish_discard(lander, region_index, page);
     }
-    atomic_fetch_add_explicit(&mover->figures->data_pages, confirmed, memory_order_relaxed);
-    land_count_missing(mover, confirmed);
+    lander->ops->landed(lander->arg, MF_LANDED_DATA, confirmed);
     return 0;
 }
 
-int land_data(struct resolver *resolver, const struct mf_frame *frame, const uint8_t *payload)
+int mf_land_data(const struct mf_lander *lander, const struct mf_frame *frame,
+                 const uint8_t *payload)
 {
-    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
-    const uint64_t page_bytes = resolver->mover->region[frame->region].page_bytes;
+    const struct mf_pages *states = &lander->pages[frame->region];
+    const uint64_t page_bytes = lander->resolver.region[frame->region].page_bytes;
     const uint64_t end = frame->first_page + frame->pages;
     uint64_t page = frame->first_page;
     while (page < end) {
@@ -164,7 +139,7 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
         while (page < end && (page - first) * page_bytes < RUN_BYTES && mf_page_claim(states, page))
             page++;
         if (page > first) {
-            int r = land_run(resolver, frame->region, first, page - first,
+            int r = land_run(lander, frame->region, first, page - first,
                              payload + (first - frame->first_page) * page_bytes,
                              frame->flags & MF_FRAME_FLAG_ROUND);
             if (r < 0)
@@ -176,130 +151,129 @@ int land_data(struct resolver *resolver, const struct mf_frame *frame, const uin
     return 0;
 }
 
-int land_begin_huge(struct resolver *resolver, const struct mf_frame *frame, uint8_t **to)
+int mf_land_begin_huge(const struct mf_lander *lander, const struct mf_frame *frame, uint8_t **to)
 {
-    const struct mf_region *region = &resolver->mover->region[frame->region];
+    const struct mf_region *region = &lander->resolver.region[frame->region];
     uint8_t *at = region->map + frame->first_page * region->page_bytes;
     *to = NULL;
-    if (!mf_page_claim(&resolver->mover->view.pages[frame->region], frame->first_page))
+    if (!mf_page_claim(&lander->pages[frame->region], frame->first_page))
         return 0;
     if (madvise(at, region->page_bytes, MADV_POPULATE_WRITE) != 0) {
         int r = -errno;
-        land_end_huge(resolver, frame, false);
+        mf_land_end_huge(lander, frame, false);
         return r;
     }
     *to = at;
     return 0;
 }
 
-void land_end_huge(struct resolver *resolver, const struct mf_frame *frame, bool arrived)
+void mf_land_end_huge(const struct mf_lander *lander, const struct mf_frame *frame, bool arrived)
 {
-    struct mover *mover = resolver->mover;
-    const struct mf_pages *states = &mover->view.pages[frame->region];
+    const struct mf_pages *states = &lander->pages[frame->region];
     const bool round = frame->flags & MF_FRAME_FLAG_ROUND;
     uint8_t was = !arrived ? mf_page_unclaim(states, frame->first_page)
                   : round  ? mf_page_land_unconfirmed(states, frame->first_page, true)
                            : mf_page_confirm(states, frame->first_page);
     if (was & MF_PAGE_DISCARD) {
-        finish_discard(resolver, frame->region, frame->first_page);
+        finish_discard(lander, frame->region, frame->first_page);
         return;
     }
     if (!arrived)
         return;
     if (round) {
-        atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
+        lander->ops->landed(lander->arg, MF_LANDED_ROUND, 1);
         return;
     }
-    mf_resolve_run(&resolver->lib, frame->region, frame->first_page, 1);
+    mf_resolve_run(&lander->resolver, frame->region, frame->first_page, 1);
     if (was & MF_PAGE_FAULTED)
-        resolve_done(resolver, frame->region, frame->first_page);
-    atomic_fetch_add_explicit(&mover->figures->data_pages, 1, memory_order_relaxed);
-    land_count_missing(mover, 1);
+        lander->ops->served(lander->arg, frame->region, frame->first_page);
+    lander->ops->landed(lander->arg, MF_LANDED_DATA, 1);
 }
 
 struct zero_waiter {
-    struct resolver *resolver;
+    const struct mf_lander *lander;
     uint32_t region;
 };
 
 static void zero_waiter(void *argument, uint64_t page)
 {
     struct zero_waiter *z = argument;
-    mf_resolve_page(&z->resolver->lib, z->region, page);
-    resolve_done(z->resolver, z->region, page);
+    mf_resolve_page(&z->lander->resolver, z->region, page);
+    z->lander->ops->served(z->lander->arg, z->region, page);
 }
 
 /* Zeros over what a precopy round brought: the bytes must go first. */
-static uint64_t zero_landed(struct resolver *resolver, const struct mf_frame *frame, uint64_t first,
-                            uint64_t pages)
+static uint64_t zero_landed(const struct mf_lander *lander, const struct mf_frame *frame,
+                            uint64_t first, uint64_t pages)
 {
-    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
-    const struct mf_region *region = &resolver->mover->region[frame->region];
+    const struct mf_pages *states = &lander->pages[frame->region];
+    const struct mf_region *region = &lander->resolver.region[frame->region];
     uint64_t confirmed = 0;
     for (uint64_t page = first; page < first + pages; page++) {
         if (!mf_page_claim(states, page))
             continue;
-        punch(region, page);
-        uint8_t was = frame->flags & MF_FRAME_FLAG_ROUND
+        int r = punch(region, page);
+        if (r < 0)
+            lander->ops->broken(lander->arg, frame->region, r);
+        uint8_t was = r < 0 ? mf_page_unclaim(states, page)
+                      : frame->flags & MF_FRAME_FLAG_ROUND
                           ? mf_page_land_unconfirmed(states, page, false)
                           : mf_page_confirm(states, page);
         if (was & MF_PAGE_DISCARD) {
-            finish_discard(resolver, frame->region, page);
+            finish_discard(lander, frame->region, page);
             continue;
         }
-        if (frame->flags & MF_FRAME_FLAG_ROUND)
+        if (r < 0 || frame->flags & MF_FRAME_FLAG_ROUND)
             continue;
         confirmed++;
         if (was & MF_PAGE_FAULTED) {
-            mf_resolve_page(&resolver->lib, frame->region, page);
-            resolve_done(resolver, frame->region, page);
+            mf_resolve_page(&lander->resolver, frame->region, page);
+            lander->ops->served(lander->arg, frame->region, page);
         }
     }
     return confirmed;
 }
 
-void land_zero(struct resolver *resolver, const struct mf_frame *frame)
+void mf_land_zero(const struct mf_lander *lander, const struct mf_frame *frame)
 {
-    struct mover *mover = resolver->mover;
-    const struct mf_pages *states = &mover->view.pages[frame->region];
-    struct zero_waiter z = {resolver, frame->region};
+    const struct mf_pages *states = &lander->pages[frame->region];
+    struct zero_waiter z = {lander, frame->region};
     const uint64_t end = frame->first_page + frame->pages;
     uint64_t confirmed = 0;
     for (uint64_t page = frame->first_page; page < end;) {
         uint8_t landed = 0;
         uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED | MF_PAGE_TORN, page, end, &landed);
         if (landed)
-            confirmed += zero_landed(resolver, frame, page, run);
+            confirmed += zero_landed(lander, frame, page, run);
         else if (!(frame->flags & MF_FRAME_FLAG_ROUND))
             /* Nothing lies in the file here: it was empty when the VM was armed. */
             confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
         page += run;
     }
-    atomic_fetch_add_explicit(frame->flags & MF_FRAME_FLAG_HOLE ? &mover->figures->hole_pages
-                                                                : &mover->figures->zero_pages,
-                              confirmed, memory_order_relaxed);
-    land_count_missing(mover, confirmed);
+    lander->ops->landed(lander->arg,
+                        frame->flags & MF_FRAME_FLAG_HOLE ? MF_LANDED_HOLE : MF_LANDED_ZERO,
+                        confirmed);
 }
 
 /* Not what another thread is landing at this moment: the guest could write to it under that
  * thread's hands. */
-static void resolve_confirmed(struct resolver *resolver, uint32_t region, uint64_t page,
+static void resolve_confirmed(const struct mf_lander *lander, uint32_t region, uint64_t page,
                               uint64_t end)
 {
-    const struct mf_pages *states = &resolver->mover->view.pages[region];
+    const struct mf_pages *states = &lander->pages[region];
     while (page < end) {
         uint8_t state = 0;
         uint64_t run = mf_page_run_of(states, MF_PAGE_STATE_MASK, page, end, &state);
         if (state == MF_PAGE_CONFIRMED)
-            mf_resolve_run(&resolver->lib, region, page, run);
+            mf_resolve_run(&lander->resolver, region, page, run);
         page += run;
     }
 }
 
-void land_current(struct resolver *resolver, const struct mf_frame *frame)
+void mf_land_current(const struct mf_lander *lander, const struct mf_frame *frame)
 {
-    const struct mf_pages *states = &resolver->mover->view.pages[frame->region];
-    struct zero_waiter z = {resolver, frame->region};
+    const struct mf_pages *states = &lander->pages[frame->region];
+    struct zero_waiter z = {lander, frame->region};
     const uint64_t end = frame->first_page + frame->pages;
     uint64_t confirmed = 0;
     for (uint64_t page = frame->first_page; page < end;) {
@@ -312,8 +286,8 @@ void land_current(struct resolver *resolver, const struct mf_frame *frame)
         }
         confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);
         if (landed)
-            resolve_confirmed(resolver, frame->region, page, page + run);
+            resolve_confirmed(lander, frame->region, page, page + run);
         page += run;
     }
-    land_count_missing(resolver->mover, confirmed);
+    lander->ops->landed(lander->arg, MF_LANDED_CURRENT, confirmed);
 }
