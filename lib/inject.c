@@ -30,6 +30,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -476,4 +477,34 @@ int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err)
         rc = mf_fail(err, (int)-result, "cannot close descriptor %d of %s (pid %d): %s", remote_fd,
                      name, pid, strerror((int)-result));
     return rc;
+}
+
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+#endif
+
+int mf_inject_discard(pid_t pid, int pidfd, uint64_t start_addr, uint64_t length_bytes,
+                      struct mf_error *err)
+{
+    static const int advice[] = {MADV_DONTNEED_LOCKED, MADV_DONTNEED};
+    char name[64];
+    int64_t result = -EINVAL;
+    mf_target_comm(pid, name, sizeof(name));
+    if (has_ended(pidfd, 0))
+        return mf_fail(err, ESRCH, "%s (pid %d) is gone", name, pid);
+    for (size_t i = 0; result == -EINVAL && i < sizeof(advice) / sizeof(advice[0]); i++) {
+        struct call call = {.pid = pid,
+                            .pidfd = pidfd,
+                            .number = SYS_madvise,
+                            .args = {start_addr, length_bytes, (uint64_t)advice[i]}};
+        int rc = run_by_helper(&call, &result, err);
+        if (rc < 0)
+            return rc;
+    }
+    if (result < 0)
+        return mf_fail(err, (int)-result,
+                       "%s (pid %d) can't empty its memory at %#llx (%llu KiB): %s", name, pid,
+                       (unsigned long long)start_addr, (unsigned long long)(length_bytes >> 10),
+                       strerror((int)-result));
+    return 0;
 }

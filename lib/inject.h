@@ -6,8 +6,8 @@
  * existing `syscall` instruction is executed by one stopped thread with borrowed registers. The
  * thread is stopped for well under a millisecond. Needs CAP_SYS_PTRACE; where the
  * target runs under a seccomp filter and is no QEMU, CAP_SYS_ADMIN too, and no filter of one's own.
- * Injecting starts a short-lived child process and waits for it, 10 s at most. Only userfaultfd(2)
- * and close(2) are ever injected.
+ * Injecting starts a short-lived child process and waits for it, 10 s at most. Only
+ * userfaultfd(2), close(2) and madvise(2) are ever injected.
  */
 #pragma once
 
@@ -39,3 +39,12 @@ int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err);
  * @remote_fd: its number there. Return: our duplicate, or -errno (-EBADF: no such userfaultfd).
  */
 int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err);
+
+/**
+ * mf_inject_discard() - have @pid give up what [@start_addr, +@length_bytes), private anonymous
+ * memory, holds (madvise(2), MADV_DONTNEED_LOCKED or MADV_DONTNEED): nobody else can do that.
+ * Only while no userfaultfd watches the range, for else the thread would wait for its event to be
+ * read. Return: 0 or -errno with a sentence.
+ */
+int mf_inject_discard(pid_t pid, int pidfd, uint64_t start_addr, uint64_t length_bytes,
+                      struct mf_error *err);

@@ -61,3 +61,62 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, 
     }
     return 0;
 }
+
+/* Linux before 6.7: a word a page, Documentation/admin-guide/mm/pagemap.rst. The page of zeros
+ * can't be told from others. */
+static int read_words(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                      uint64_t page_bytes, uint8_t *pages)
+{
+    static const uint64_t present = UINT64_C(1) << 63, swapped = UINT64_C(1) << 62;
+    const uint64_t small_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t word[512];
+    for (uint64_t at = 0; at < length_bytes;) {
+        uint64_t want = (length_bytes - at) / small_bytes;
+        if (want > sizeof(word) / sizeof(word[0]))
+            want = sizeof(word) / sizeof(word[0]);
+        ssize_t n = pread(pagemap_fd, word, want * sizeof(word[0]),
+                          (off_t)((start_addr + at) / small_bytes * sizeof(word[0])));
+        if (n < (ssize_t)sizeof(word[0]))
+            return n < 0 ? -errno : -ESRCH;
+        for (size_t i = 0; i < (size_t)n / sizeof(word[0]); i++, at += small_bytes)
+            if (word[i] & (present | swapped))
+                pages[at / page_bytes] = MF_PAGEMAP_PRESENT;
+    }
+    return 0;
+}
+
+int mf_pagemap_populated(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                         uint64_t page_bytes, uint8_t *pages)
+{
+    struct page_region found[REGIONS_A_CALL];
+    const uint64_t end = start_addr + length_bytes;
+    memset(pages, 0, length_bytes / page_bytes);
+    for (uint64_t at = start_addr; at < end;) {
+        struct pm_scan_arg scan = {
+            .size = sizeof(scan),
+            .start = at,
+            .end = end,
+            .vec = (uint64_t)(uintptr_t)found,
+            .vec_len = REGIONS_A_CALL,
+            .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            .return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO,
+        };
+        long count = ioctl(pagemap_fd, PAGEMAP_SCAN, &scan);
+        if (count < 0 && (errno == ENOTTY || errno == EINVAL))
+            return read_words(pagemap_fd, start_addr, length_bytes, page_bytes, pages);
+        if (count < 0)
+            return -errno;
+        for (long i = 0; i < count; i++) {
+            /* The huge page of zeros has no pages of its own either. */
+            if (found[i].categories & PAGE_IS_PFNZERO)
+                continue;
+            uint64_t first = (found[i].start - start_addr) / page_bytes;
+            uint64_t last = (found[i].end - start_addr + page_bytes - 1) / page_bytes;
+            memset(pages + first, MF_PAGEMAP_PRESENT, last - first);
+        }
+        if (scan.walk_end <= at)
+            return -EIO;
+        at = scan.walk_end;
+    }
+    return 0;
+}

@@ -22,6 +22,18 @@ int mf_pagemap_open(int pid, struct mf_error *err);
 #define MF_PAGEMAP_PRESENT 0x02u /**< mapped by the target, so certainly no hole of the file */
 
 /**
+ * mf_pagemap_populated() - which pages of private anonymous memory hold anything: neither never
+ * touched nor the shared page of zeros. Such a page must not even be read, for reading makes the
+ * kernel build page tables for it. What is in swap holds something.
+ * @pages: one byte a page; overwritten with MF_PAGEMAP_PRESENT or 0.
+ * Works with or without PAGEMAP_SCAN, watched or not. Where it is in doubt it says PRESENT.
+ * Return: 0 or -errno (-ESRCH: the process is gone, or has replaced itself by exec(2)); @pages then
+ * says nothing. Thread-safe.
+ */
+int mf_pagemap_populated(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                         uint64_t page_bytes, uint8_t *pages);
+
+/**
  * mf_pagemap_scan() - what is so of the pages of [@start_addr, +@length_bytes).
  * @page_bytes: of the region.
  * @pages:      one byte a page; overwritten with MF_PAGEMAP_… bits.

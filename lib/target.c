@@ -239,6 +239,8 @@ int mf_target_region(pid_t pid, const struct mf_vma *vmas, size_t count, const c
                      const char *mem_path, uint64_t size_bytes, bool writable,
                      struct mf_region_source *out, struct mf_error *err)
 {
+    if (mem_path && strncmp(mem_path, MF_TARGET_ANON, strlen(MF_TARGET_ANON)) == 0)
+        return mf_target_private(pid, vmas, count, name, mem_path, size_bytes, writable, out, err);
     struct wanted w = {.pid = pid, .name = name, .mem_path = mem_path, .size_bytes = size_bytes};
     mf_target_comm(pid, w.process, sizeof(w.process));
     bool memfd = !mem_path || !mem_path[0];

@@ -27,18 +27,29 @@ struct mf_vma {
     bool deleted;
 };
 
-enum mf_memory_kind { MF_MEMORY_TMPFS, MF_MEMORY_HUGETLB, MF_MEMORY_DAX, MF_MEMORY_OTHER };
+enum mf_memory_kind {
+    MF_MEMORY_TMPFS,
+    MF_MEMORY_HUGETLB,
+    MF_MEMORY_PRIVATE, /**< anonymous memory of one process: no file holds it */
+    MF_MEMORY_DAX,
+    MF_MEMORY_OTHER,
+};
 
-/** struct mf_region_source - a RAM file as found: what a region is made from. Owns `fd`. */
+/** struct mf_region_source - a RAM file, or private memory, as found: what a region is made from.
+ * Owns `fd`. */
 struct mf_region_source {
     char name[64];
     uint64_t size_bytes;
     uint32_t page_bytes; /**< 4096 on tmpfs (also with transparent huge pages), the huge page size
                             on hugetlbfs */
     enum mf_memory_kind kind;
-    int fd; /**< opened through /proc/PID/map_files; -1 when empty */
+    /** The RAM file, opened through /proc/PID/map_files; -1 when empty. Private memory: at the
+     * source /proc/PID/mem, at the destination a memfd of ours in which pages of precopy rounds
+     * wait to be confirmed. */
+    int fd;
     dev_t device;
     ino_t inode;
+    uint64_t start_addr; /**< private memory: where its first byte lay when it was found */
 };
 
 /** struct mf_mapping - where the target maps a part of a region. */
@@ -65,7 +76,7 @@ int mf_target_vmas(pid_t pid, struct mf_vma **out, size_t *count, struct mf_erro
  * @name:     the region's name (the backend's id).
  * @mem_path: as the VMM says it: a file or a directory, in the target's mount namespace. A file
  * that was deleted meanwhile is still found. NULL or "": the memory is a memfd, told from others by
- * its size.
+ * its size. MF_TARGET_ANON…: private memory, see mf_target_private.
  * @writable: open O_RDWR (destination), else O_RDONLY (source).
  * Refuses, naming the cause and the remedy: no shared mapping of such a file; size that differs;
  * anything that is neither tmpfs nor hugetlbfs (fs-dax by name).
@@ -75,10 +86,30 @@ int mf_target_region(pid_t pid, const struct mf_vma *vmas, size_t count, const c
                      const char *mem_path, uint64_t size_bytes, bool writable,
                      struct mf_region_source *out, struct mf_error *err);
 
+/** What names private memory instead of a file's path: "anon:NAME" (prctl(2), PR_SET_VMA_ANON_NAME,
+ * Linux 5.17) or "anon:START-END" (addresses in hexadecimal, as in /proc/PID/maps). */
+#define MF_TARGET_ANON "anon:"
+
+/**
+ * mf_target_private() - find private anonymous memory of one process. What mf_target_region() does
+ * with a @where of that kind; the other parameters as there.
+ * @size_bytes: 0 takes what is found, else it must agree.
+ * Refuses, naming the cause: a gap in the range; a piece that is a file (MAP_PRIVATE of a file,
+ * shared memory), huge pages of hugetlbfs or a stack that grows; memory that can't be read.
+ * Return: 0 with @out filled (the caller closes out->fd), or -errno.
+ */
+int mf_target_private(pid_t pid, const struct mf_vma *vmas, size_t count, const char *name,
+                      const char *where, uint64_t size_bytes, bool writable,
+                      struct mf_region_source *out, struct mf_error *err);
+
+/** mf_vma_is_private() - private anonymous memory, which no file holds? */
+bool mf_vma_is_private(const struct mf_vma *vma);
+
 /**
  * mf_target_mappings() - the target's mappings of all regions, neighbours merged.
  * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when
- * a region is mapped MAP_PRIVATE too.
+ * a region is mapped MAP_PRIVATE too. Private memory is taken to be where it was found: changes
+ * of its place since then are known only to who follows the events.
  */
 int mf_target_mappings(const struct mf_vma *vmas, size_t count,
                        const struct mf_region_source *regions, unsigned region_count,

@@ -121,14 +121,39 @@ int mf_target_vmas(pid_t pid, struct mf_vma **out, size_t *count, struct mf_erro
     return 0;
 }
 
-static int region_of(const struct mf_vma *vma, const struct mf_region_source *regions,
-                     unsigned region_count)
+bool mf_vma_is_private(const struct mf_vma *vma)
 {
-    if (vma->inode == 0)
-        return -1;
+    return vma->inode == 0 && !vma->shared &&
+           (vma->path[0] == '\0' || strcmp(vma->path, "[heap]") == 0 ||
+            strncmp(vma->path, "[anon:", 6) == 0);
+}
+
+/** region_of() - the region that @vma maps a part of, with the part's place; -1: none. Of a private
+ * region only what lies within its range counts. */
+static int region_of(const struct mf_vma *vma, const struct mf_region_source *regions,
+                     unsigned region_count, struct mf_mapping *part)
+{
     for (unsigned i = 0; i < region_count; i++) {
-        if (vma->inode == regions[i].inode && vma->device == regions[i].device)
-            return (int)i;
+        const struct mf_region_source *r = &regions[i];
+        *part = (struct mf_mapping){.start_addr = vma->start_addr,
+                                    .length_bytes = vma->end_addr - vma->start_addr,
+                                    .offset_bytes = vma->offset_bytes,
+                                    .region = i};
+        if (r->kind != MF_MEMORY_PRIVATE) {
+            if (vma->inode != 0 && vma->inode == r->inode && vma->device == r->device)
+                return (int)i;
+            continue;
+        }
+        const uint64_t end_addr = r->start_addr + r->size_bytes;
+        if (!mf_vma_is_private(vma) || vma->end_addr <= r->start_addr ||
+            vma->start_addr >= end_addr)
+            continue;
+        if (part->start_addr < r->start_addr)
+            part->start_addr = r->start_addr;
+        part->length_bytes =
+            (vma->end_addr < end_addr ? vma->end_addr : end_addr) - part->start_addr;
+        part->offset_bytes = part->start_addr - r->start_addr;
+        return (int)i;
     }
     return -1;
 }
@@ -140,31 +165,28 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
     unsigned used = 0;
     for (size_t i = 0; i < count; i++) {
         const struct mf_vma *vma = &vmas[i];
-        int region = region_of(vma, regions, region_count);
+        struct mf_mapping part;
+        int region = region_of(vma, regions, region_count, &part);
         if (region < 0)
             continue;
-        if (!vma->shared)
+        if (!vma->shared && regions[region].kind != MF_MEMORY_PRIVATE)
             return mf_fail(
                 err, EINVAL,
                 "RAM '%s' is mapped privately at %#llx (share=off): give its backend share=on",
                 regions[region].name, (unsigned long long)vma->start_addr);
-        uint64_t length_bytes = vma->end_addr - vma->start_addr;
         struct mf_mapping *before = used ? &out[used - 1] : NULL;
         /* A protection change or an madvise splits what is one mapping to us. */
         if (before && before->region == (uint32_t)region &&
-            before->start_addr + before->length_bytes == vma->start_addr &&
-            before->offset_bytes + before->length_bytes == vma->offset_bytes) {
-            before->length_bytes += length_bytes;
+            before->start_addr + before->length_bytes == part.start_addr &&
+            before->offset_bytes + before->length_bytes == part.offset_bytes) {
+            before->length_bytes += part.length_bytes;
             continue;
         }
         if (used == max)
             return mf_fail(
                 err, E2BIG,
                 "RAM is mapped in more than %u pieces, which is more than can be followed", max);
-        out[used++] = (struct mf_mapping){.start_addr = vma->start_addr,
-                                          .length_bytes = length_bytes,
-                                          .offset_bytes = vma->offset_bytes,
-                                          .region = (uint32_t)region};
+        out[used++] = part;
     }
     return (int)used;
 }
@@ -179,9 +201,11 @@ static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsig
     cleanup_free char *line = NULL;
     size_t line_size = 0;
     struct mf_vma vma;
+    struct mf_mapping part;
     while (f && getline(&line, &line_size, f) > 0) {
+        /* Private memory is nobody else's: only shared mappings count. */
         if (mf_vma_parse(line, &vma) == 0 && vma.shared &&
-            region_of(&vma, regions, region_count) >= 0)
+            region_of(&vma, regions, region_count, &part) >= 0)
             return true;
     }
     return false;
