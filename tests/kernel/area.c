@@ -37,7 +37,8 @@ static void nap(void)
     nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
 }
 
-void area_make(struct area *area, enum area_kind kind, size_t pages)
+static void make(struct area *area, enum area_kind kind, size_t pages, uint64_t features,
+                 uint64_t wanted)
 {
     struct mf_error err;
     unsigned flags = MFD_CLOEXEC | (kind == AREA_HUGETLB ? MFD_HUGETLB : 0);
@@ -56,15 +57,40 @@ void area_make(struct area *area, enum area_kind kind, size_t pages)
     assert_true(area->guest != MAP_FAILED && area->second != MAP_FAILED);
     area->uffd = mf_uffd_open();
     assert_true(area->uffd >= 0);
-    assert_int_equal(mf_uffd_api(area->uffd, MF_UFFD_FEATURES, MF_UFFD_FEATURES_WANTED, NULL, &err),
-                     0);
+    assert_int_equal(mf_uffd_api(area->uffd, features, wanted, NULL, &err), 0);
+}
+
+void area_make(struct area *area, enum area_kind kind, size_t pages)
+{
+    make(area, kind, pages, MF_UFFD_FEATURES, MF_UFFD_FEATURES_WANTED);
+}
+
+void area_make_with(struct area *area, enum area_kind kind, size_t pages, uint64_t features)
+{
+    make(area, kind, pages, features, 0);
+}
+
+void map_at(void *at, size_t length_bytes, int flags, int file)
+{
+    const void *got = mmap(at, length_bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, file, 0);
+    assert_true(got == at);
+}
+
+int range_register(int uffd, const void *at, size_t length_bytes, uint64_t modes)
+{
+    struct uffdio_register reg = {.range = {.start = (uintptr_t)at, .len = length_bytes},
+                                  .mode = modes};
+    return ioctl_errno(uffd, UFFDIO_REGISTER, &reg);
+}
+
+int area_register_pages(const struct area *area, size_t first, size_t pages, uint64_t modes)
+{
+    return range_register(area->uffd, page_of(area, first), pages * area->page_bytes, modes);
 }
 
 void area_register(const struct area *area, uint64_t modes)
 {
-    struct uffdio_register reg = {
-        .range = {.start = (uintptr_t)area->guest, .len = area->length_bytes}, .mode = modes};
-    assert_int_equal(ioctl_errno(area->uffd, UFFDIO_REGISTER, &reg), 0);
+    assert_int_equal(area_register_pages(area, 0, area->pages, modes), 0);
 }
 
 void area_free(struct area *area)
@@ -107,7 +133,11 @@ static void *act(void *arg)
                         ? 0
                         : -1;
         break;
+    case ACT_CALL:
+        actor->rc = actor->call(actor);
+        break;
     }
+    actor->code = errno;
     atomic_store(&actor->through, true);
     return NULL;
 }
@@ -128,6 +158,17 @@ void actor_finish(struct actor *actor)
         fprintf(stderr, "a thread waits for ever on memory that should have been served\n");
         give_up();
     }
+}
+
+void await_through(const struct actor *actor)
+{
+    for (uint64_t start_ns = mf_now_ns(); mf_now_ns() - start_ns < PATIENCE_MS * UINT64_C(1000000);
+         nap()) {
+        if (atomic_load(&actor->through))
+            return;
+    }
+    fprintf(stderr, "a thread waits for ever\n");
+    give_up();
 }
 
 bool actor_waits(const struct actor *actor)
@@ -195,12 +236,23 @@ int continue_pages(const struct area *area, size_t first, size_t pages, int64_t 
 
 static const char nr_hugepages[] = "/proc/sys/vm/nr_hugepages";
 static long nr_hugepages_before = -1;
+static pid_t nr_hugepages_owner;
 
 static long read_nr(void)
 {
     long value = -1;
     cleanup_fclose FILE *f = fopen(nr_hugepages, "re");
     return f && fscanf(f, "%ld", &value) == 1 ? value : -1;
+}
+
+static long free_huge_pages(void)
+{
+    long value = -1;
+    char line[128];
+    cleanup_fclose FILE *f = fopen("/proc/meminfo", "re");
+    while (f && fgets(line, sizeof(line), f) && sscanf(line, "HugePages_Free: %ld", &value) != 1)
+        ;
+    return value;
 }
 
 static void write_nr(long value)
@@ -214,7 +266,7 @@ static void write_nr(long value)
 
 static void put_back(void)
 {
-    if (nr_hugepages_before >= 0)
+    if (nr_hugepages_before >= 0 && nr_hugepages_owner == getpid())
         write_nr(nr_hugepages_before);
 }
 
@@ -227,6 +279,7 @@ static void put_back_and_die(int number)
 
 bool huge_pages_reserve(unsigned count)
 {
+    nr_hugepages_owner = getpid();
     nr_hugepages_before = read_nr();
     if (nr_hugepages_before < 0) {
         fprintf(stderr, "skipped: this kernel has no huge pages (%s)\n", nr_hugepages);
@@ -237,7 +290,11 @@ bool huge_pages_reserve(unsigned count)
     for (size_t i = 0; i < sizeof(fatal) / sizeof(fatal[0]); i++)
         signal(fatal[i], put_back_and_die);
     write_nr(nr_hugepages_before + count);
-    if (read_nr() < nr_hugepages_before + (long)count) {
+    /* What another test has just given back may take a moment to be free. */
+    bool free = false;
+    for (int i = 0; i < 5000 && !(free = free_huge_pages() >= (long)count); i++)
+        usleep(1000);
+    if (!free) {
         fprintf(stderr,
                 "skipped: %u huge pages can't be reserved in %s (not root, or no memory in one "
                 "piece)\n",

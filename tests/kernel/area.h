@@ -30,7 +30,16 @@ enum area_kind { AREA_SHMEM, AREA_HUGETLB };
 /** area_make() - all holes; a fresh userfaultfd with the features memferry asks for, nothing
  * registered. */
 void area_make(struct area *area, enum area_kind kind, size_t pages);
+/** area_make_with() - the same, its userfaultfd with exactly @features (UFFD_FEATURE_...). */
+void area_make_with(struct area *area, enum area_kind kind, size_t pages, uint64_t features);
 void area_register(const struct area *area, uint64_t modes);
+/** area_register_pages() - only @pages from @first on; the errno. */
+int area_register_pages(const struct area *area, size_t first, size_t pages, uint64_t modes);
+/** range_register() - any memory; the errno. */
+int range_register(int uffd, const void *at, size_t length_bytes, uint64_t modes);
+/** map_at() - MAP_FIXED at @at, readable and writable; fails the test on trouble.
+ *  @file: or -1 with MAP_ANONYMOUS in @flags. */
+void map_at(void *at, size_t length_bytes, int flags, int file);
 void area_free(struct area *area);
 
 /** page_of() - the address of page @index in the guest's mapping. */
@@ -45,12 +54,15 @@ void put(const struct area *area, size_t index, char value);
 
 /** struct actor - a thread that does one thing to memory and says when it is through. */
 struct actor {
-    enum { ACT_READ, ACT_WRITE, ACT_REMOVE, ACT_DONTNEED, ACT_UNMAP, ACT_REMAP } act;
+    enum { ACT_READ, ACT_WRITE, ACT_REMOVE, ACT_DONTNEED, ACT_UNMAP, ACT_REMAP, ACT_CALL } act;
     char *at;
     size_t length_bytes;
     char *to;   /**< ACT_REMAP: the new address */
     char value; /**< ACT_READ: what was read */
-    long rc;    /**< of the system call */
+    long rc;    /**< of the system call, -1 with its errno in code */
+    int code;
+    long (*call)(struct actor *actor); /**< ACT_CALL: a system call of its own kind */
+    void *context;                     /**< ACT_CALL: whatever it wants */
     atomic_bool through;
     pthread_t thread;
 };
@@ -61,6 +73,9 @@ void actor_start(struct actor *actor);
 void actor_finish(struct actor *actor);
 /** actor_waits() - true if it is still not through after a grace of 50 ms. */
 bool actor_waits(const struct actor *actor);
+
+/** await_through() - until it is through, without joining it; fails as actor_finish(). */
+void await_through(const struct actor *actor);
 
 /** next_message() - the next message of @uffd; fails the test if none comes within 20 s. */
 struct uffd_msg next_message(int uffd);

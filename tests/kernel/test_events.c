@@ -3,19 +3,17 @@
  * read. */
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
-
-#include <cmocka.h>
 
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/kernel/area.h"
+#include "tests/kernel/fact.h"
 
 #define PAGES 8
 
@@ -41,6 +39,11 @@ static void remove_tells_before_it_happens(void **state)
     assert_int_equal(remover.rc, 0);
     assert_int_equal(lseek(area.file, 0, SEEK_DATA), -1); /* punched out of the file */
     area_free(&area);
+}
+
+static long call_free(struct actor *actor)
+{
+    return madvise(actor->at, actor->length_bytes, MADV_FREE);
 }
 
 static void dontneed_looks_like_remove(void **state)
@@ -142,9 +145,25 @@ static void an_unread_event_stops_every_fill(void **state)
     assert_int_equal(
         mf_uffd_zeropage(area.uffd, (uintptr_t)page_of(&area, 1), area.page_bytes, &done_bytes),
         -EAGAIN);
+    char bytes[4096] = {0};
+    struct uffdio_copy copy = {.dst = (uintptr_t)page_of(&area, 1),
+                               .src = (uintptr_t)bytes,
+                               .len = area.page_bytes,
+                               .copy = 12345};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), EAGAIN);
+    struct uffdio_poison poison = {
+        .range = {.start = (uintptr_t)page_of(&area, 1), .len = area.page_bytes}};
+    int code = ioctl_errno(area.uffd, UFFDIO_POISON, &poison);
+    assert_true(code == EAGAIN || code == EINVAL); /* EINVAL, ENOTTY: before Linux 6.6 */
+    struct uffdio_writeprotect protect = {
+        .range = {.start = (uintptr_t)page_of(&area, 1), .len = area.page_bytes},
+        .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_WRITEPROTECT, &protect), EAGAIN);
     /* These work. */
     assert_int_equal(mf_uffd_wake(area.uffd, (uintptr_t)area.guest, area.length_bytes), 0);
     area_register(&area, BOTH_MODES);
+    struct uffdio_range last = {.start = (uintptr_t)page_of(&area, 6), .len = area.page_bytes};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_UNREGISTER, &last), 0);
 
     assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_REMOVE);
     actor_finish(&remover);
@@ -174,6 +193,36 @@ static void faults_are_read_before_events(void **state)
     area_free(&area);
 }
 
+/** A fault at the new address of a move is read before the move itself. */
+static void a_fault_is_read_before_the_move_that_explains_it(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    char *to = mmap(NULL, area.length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(to != MAP_FAILED);
+    struct actor mover = {
+        .act = ACT_REMAP, .at = area.guest, .length_bytes = area.length_bytes, .to = to};
+    struct actor reader = {.act = ACT_READ, .at = to};
+    actor_start(&mover);
+    await_readable(area.uffd);
+    actor_start(&reader);
+    await_pending(area.uffd, 1);
+    struct uffd_msg message = next_message(area.uffd);
+    assert_int_equal(message.event, UFFD_EVENT_PAGEFAULT);
+    assert_true(message.arg.pagefault.address == (uintptr_t)to);
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_REMAP);
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_UNMAP);
+    actor_finish(&mover);
+    put(&area, 0, 'm');
+    area.guest = to;
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 'm');
+    area_free(&area);
+}
+
 static void changes_to_the_file_are_not_told(void **state)
 {
     (void)state;
@@ -195,23 +244,64 @@ static void changes_to_the_file_are_not_told(void **state)
     area_free(&area);
 }
 
-int main(void)
+static void a_failing_madv_free_looks_like_remove_too(void **state)
 {
-    uint64_t features;
-    struct mf_error err;
-    if (mf_uffd_features(&features, &err) < 0 ||
-        (features & MF_UFFD_FEATURES) != MF_UFFD_FEATURES) {
-        fprintf(stderr, "skipped: userfaultfd with MINOR_SHMEM is not to be had here\n");
-        return 77;
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    struct actor freer = {
+        .act = ACT_CALL, .call = call_free, .at = area.guest, .length_bytes = area.page_bytes};
+    actor_start(&freer);
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_REMOVE);
+    actor_finish(&freer);
+    assert_int_equal(freer.rc, -1);
+    assert_int_equal(freer.code, EINVAL);
+    assert_int_equal(area.second[0], 'a');
+    area_free(&area);
+}
+
+/** Changed by MADV_REMOVE, not by MADV_DONTNEED; by one's own writes as well. */
+static void the_time_of_the_file_tells_remove_from_dontneed(void **state)
+{
+    (void)state;
+    struct area area;
+    struct stat before, after;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    for (int removed = 0; removed <= 1; removed++) {
+        usleep(20000); /* a file's time has the grain of a tick */
+        assert_int_equal(fstat(area.file, &before), 0);
+        struct actor actor = {.act = removed ? ACT_REMOVE : ACT_DONTNEED,
+                              .at = area.guest,
+                              .length_bytes = area.page_bytes};
+        actor_start(&actor);
+        assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_REMOVE);
+        actor_finish(&actor);
+        assert_int_equal(actor.rc, 0);
+        assert_int_equal(fstat(area.file, &after), 0);
+        bool changed = before.st_mtim.tv_sec != after.st_mtim.tv_sec ||
+                       before.st_mtim.tv_nsec != after.st_mtim.tv_nsec;
+        assert_int_equal(changed, removed);
     }
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(remove_tells_before_it_happens),
-        cmocka_unit_test(dontneed_looks_like_remove),
-        cmocka_unit_test(unmap_tells_the_raw_range_afterwards),
-        cmocka_unit_test(remap_tells_the_move_then_the_unmap),
-        cmocka_unit_test(an_unread_event_stops_every_fill),
-        cmocka_unit_test(faults_are_read_before_events),
-        cmocka_unit_test(changes_to_the_file_are_not_told),
+    area_free(&area);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct fact facts[] = {
+        FACT(remove_tells_before_it_happens),
+        FACT(dontneed_looks_like_remove),
+        FACT(unmap_tells_the_raw_range_afterwards),
+        FACT(remap_tells_the_move_then_the_unmap),
+        FACT(an_unread_event_stops_every_fill),
+        FACT(faults_are_read_before_events),
+        FACT(a_fault_is_read_before_the_move_that_explains_it),
+        FACT(changes_to_the_file_are_not_told),
+        FACT(a_failing_madv_free_looks_like_remove_too),
+        FACT(the_time_of_the_file_tells_remove_from_dontneed),
     };
-    return cmocka_run_group_tests_name("events", tests, NULL, NULL);
+    return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }

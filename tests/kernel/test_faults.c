@@ -6,20 +6,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <setjmp.h>
-#include <stdarg.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
 #include <unistd.h>
-
-#include <cmocka.h>
 
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/kernel/area.h"
+#include "tests/kernel/fact.h"
 
 #define PAGES 4
 
@@ -310,39 +311,197 @@ static void hugetlb_has_no_zeropage_and_no_part_of_a_page(void **state)
     area_free(&area);
 }
 
+/** What mf_uffd_unregister() is there for. */
+static void unregistering_minor_alone_leaves_its_waiters(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, kind, PAGES);
+    area_register(&area, UFFDIO_REGISTER_MODE_MINOR);
+    put(&area, 2, 'm');
+    struct actor reader = {.act = ACT_READ, .at = page_of(&area, 2)};
+    actor_start(&reader);
+    expect_fault(&area, &reader);
+    struct uffdio_range range = {.start = (uintptr_t)area.guest, .len = area.length_bytes};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_UNREGISTER, &range), 0);
+    assert_true(actor_waits(&reader));
+    assert_int_equal(mf_uffd_wake(area.uffd, (uintptr_t)area.guest, area.length_bytes), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 'm');
+    area_free(&area);
+}
+
+static void ignore(int number)
+{
+    (void)number;
+}
+
+static long call_read(struct actor *actor)
+{
+    return read(*(int *)actor->context, actor->at, 1);
+}
+
+/** A thread that faults inside a system call takes the signal only when it is through: until then
+ * it leaves the fault and comes back, each time with another message. */
+static void a_signal_makes_it_fault_again_and_again(void **state)
+{
+    (void)state;
+    struct area area;
+    int ends[2];
+    area_make(&area, kind, PAGES);
+    area_register(&area, BOTH_MODES);
+    signal(SIGUSR1, ignore);
+    assert_int_equal(pipe2(ends, O_CLOEXEC), 0);
+    assert_int_equal(write(ends[1], "s", 1), 1);
+    struct actor reader = {
+        .act = ACT_CALL, .call = call_read, .at = page_of(&area, 0), .context = &ends[0]};
+    actor_start(&reader);
+    expect_fault(&area, &reader);
+    assert_int_equal(pthread_kill(reader.thread, SIGUSR1), 0);
+    for (int told = 0; told < 20;) { /* of one page and one thread */
+        struct uffd_msg message;
+        await_readable(area.uffd);
+        ssize_t length = read(area.uffd, &message, sizeof(message));
+        if (length < 0 && errno == EAGAIN)
+            continue; /* it has just left to come again */
+        assert_int_equal(length, sizeof(message));
+        assert_int_equal(message.event, UFFD_EVENT_PAGEFAULT);
+        told++;
+    }
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.rc, 1);
+    assert_int_equal(area.second[0], 's');
+    close(ends[0]);
+    close(ends[1]);
+    area_free(&area);
+}
+
+static long call_lock(struct actor *actor)
+{
+    return mlock(actor->at, actor->length_bytes);
+}
+
+/** A range of mlock(2) is touched page by page, and each touch is reported. */
+static void locking_waits_for_its_pages(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, kind, PAGES);
+    area_register(&area, BOTH_MODES);
+    struct actor locker = {
+        .act = ACT_CALL, .call = call_lock, .at = area.guest, .length_bytes = area.length_bytes};
+    actor_start(&locker);
+    for (size_t i = 0; i < PAGES; i++) {
+        struct actor at = {.at = page_of(&area, i)};
+        expect_fault(&area, &at);
+        put(&area, i, 'l');
+        assert_int_equal(continue_pages(&area, i, 1, NULL), 0);
+    }
+    actor_finish(&locker);
+    assert_int_equal(locker.rc, 0);
+    /* Punched out and filled again as any other. */
+    assert_int_equal(
+        fallocate(area.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)area.page_bytes),
+        0);
+    struct actor reader = {.act = ACT_READ, .at = area.guest};
+    actor_start(&reader);
+    expect_fault(&area, &reader);
+    put(&area, 0, 'n');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 'n');
+    area_free(&area);
+}
+
+/** One byte written through the second mapping brings 2 MiB with it, of which the neighbours fault
+ * as if somebody had filled them. */
+static void a_transparent_huge_page_makes_neighbours_present(void **state)
+{
+    (void)state;
+    const size_t huge_bytes = 2u << 20;
+    char directory[] = "/tmp/memferry-kernel-XXXXXX", path[64];
+    struct area area;
+    area_make(&area, AREA_SHMEM, 2 * huge_bytes / 4096);
+    assert_non_null(mkdtemp(directory));
+    if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+        mount("none", directory, "tmpfs", 0, "huge=always,size=16m") != 0) {
+        int code = errno;
+        rmdir(directory);
+        lacking("a tmpfs with transparent huge pages (%s)", strerror(code));
+    }
+    snprintf(path, sizeof(path), "%s/ram", directory);
+    int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    assert_true(file >= 0);
+    assert_int_equal(ftruncate(file, (off_t)(2 * huge_bytes)), 0);
+    dup2(file, area.file);
+    close(file);
+    umount2(directory, MNT_DETACH);
+    rmdir(directory);
+    /* In both, one huge page begins where the file has a multiple of it. */
+    char *spare = mmap(NULL, 2 * huge_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(spare != MAP_FAILED);
+    char *aligned = (char *)(((uintptr_t)spare + huge_bytes - 1) & ~(huge_bytes - 1));
+    map_at(aligned, huge_bytes, MAP_SHARED, area.file);
+    char *second = area.second;
+    area.second = aligned;
+    munmap(second, area.length_bytes);
+    map_at(area.guest, huge_bytes, MAP_SHARED, area.file);
+    munmap(area.guest + huge_bytes, area.length_bytes - huge_bytes);
+    area.length_bytes = huge_bytes;
+    area.pages = huge_bytes / area.page_bytes;
+    area_register(&area, BOTH_MODES);
+    area.second[0] = 'o';
+    struct stat st;
+    assert_int_equal(fstat(area.file, &st), 0);
+    if (st.st_blocks * 512 < (blkcnt_t)huge_bytes)
+        lacking("a free huge page (the tmpfs gave %lld bytes)", (long long)st.st_blocks * 512);
+    struct actor reader = {.act = ACT_READ, .at = page_of(&area, 77)};
+    actor_start(&reader);
+    assert_true(expect_fault(&area, &reader) & UFFD_PAGEFAULT_FLAG_MINOR); /* not MISSING */
+    assert_int_equal(continue_pages(&area, 77, 1, NULL), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 0);
+    /* And only what was asked for is mapped. */
+    struct actor other = {.act = ACT_READ, .at = page_of(&area, 78)};
+    actor_start(&other);
+    expect_fault(&area, &other);
+    assert_int_equal(continue_pages(&area, 78, 1, NULL), 0);
+    actor_finish(&other);
+    area_free(&area);
+}
+
 int main(int argc, char **argv)
 {
-    uint64_t features, wanted = MF_UFFD_FEATURES;
-    struct mf_error err;
-    if (argc > 1 && strcmp(argv[1], "hugetlb") == 0) {
-        kind = AREA_HUGETLB;
-        wanted |= UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
-    }
-    if (mf_uffd_features(&features, &err) < 0 || (features & wanted) != wanted) {
-        fprintf(stderr, "skipped: userfaultfd with MINOR faults is not to be had here\n");
-        return 77;
-    }
-    if (kind == AREA_HUGETLB && !huge_pages_reserve(PAGES))
-        return 77;
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(a_hole_is_missing_a_page_is_minor),
-        cmocka_unit_test(continue_maps_writable),
-        cmocka_unit_test(after_dontneed_minor_after_a_punch_missing),
-        cmocka_unit_test(minor_alone_fills_holes_with_zeros),
-        cmocka_unit_test(registering_again_replaces_the_modes),
-        cmocka_unit_test(what_was_touched_never_faults_until_punched),
-        cmocka_unit_test(eexist_does_not_wake),
-        cmocka_unit_test(each_waiter_sends_a_message_one_continue_frees_all),
-        cmocka_unit_test(a_wake_over_all_brings_back_what_a_dead_reader_took),
-        cmocka_unit_test(the_last_close_hands_out_zeros_another_reference_holds),
-        cmocka_unit_test(unregistering_frees_waiters),
-        cmocka_unit_test(a_blocking_userfaultfd_polls_as_an_error),
+    struct fact facts[] = {
+        FACT(a_hole_is_missing_a_page_is_minor),
+        FACT(continue_maps_writable),
+        FACT(after_dontneed_minor_after_a_punch_missing),
+        FACT(minor_alone_fills_holes_with_zeros),
+        FACT(registering_again_replaces_the_modes),
+        FACT(what_was_touched_never_faults_until_punched),
+        FACT(eexist_does_not_wake),
+        FACT(each_waiter_sends_a_message_one_continue_frees_all),
+        FACT(a_wake_over_all_brings_back_what_a_dead_reader_took),
+        FACT(the_last_close_hands_out_zeros_another_reference_holds),
+        FACT(unregistering_frees_waiters),
+        FACT(a_blocking_userfaultfd_polls_as_an_error),
+        FACT(unregistering_minor_alone_leaves_its_waiters),
+        FACT(a_signal_makes_it_fault_again_and_again),
+        FACT(locking_waits_for_its_pages),
+        /* tmpfs only */
+        FACT(a_transparent_huge_page_makes_neighbours_present),
     };
-    const struct CMUnitTest hugetlb_tests[] = {
-        cmocka_unit_test(hugetlb_has_no_zeropage_and_no_part_of_a_page),
-    };
-    if (kind == AREA_SHMEM)
-        return cmocka_run_group_tests_name("faults, shmem", tests, NULL, NULL);
-    return cmocka_run_group_tests_name("faults, hugetlb", tests, NULL, NULL) +
-           cmocka_run_group_tests_name("hugetlb alone", hugetlb_tests, NULL, NULL);
+    size_t count = sizeof(facts) / sizeof(facts[0]);
+    if (argc < 2 || strcmp(argv[1], "hugetlb") != 0)
+        return facts_main(argc, argv, facts, count, MF_UFFD_FEATURES);
+    kind = AREA_HUGETLB;
+    facts[count - 1] = (struct fact)FACT(hugetlb_has_no_zeropage_and_no_part_of_a_page);
+    if (!huge_pages_reserve(PAGES))
+        return 77;
+    argv[1] = argv[0];
+    return facts_main(argc - 1, argv + 1, facts, count,
+                      MF_UFFD_FEATURES | UFFD_FEATURE_MISSING_HUGETLBFS |
+                          UFFD_FEATURE_MINOR_HUGETLBFS);
 }

@@ -4,8 +4,6 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <poll.h>
-#include <setjmp.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,11 +12,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/kernel/area.h"
+#include "tests/kernel/fact.h"
 
 #define PAGES 64
 
@@ -194,28 +191,21 @@ static void io_uring_receives_into_a_hole(void **state)
     area_free(&area);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    uint64_t features;
-    struct mf_error err;
     struct io_uring ring;
-    if (mf_uffd_features(&features, &err) < 0 ||
-        (features & MF_UFFD_FEATURES) != MF_UFFD_FEATURES) {
-        fprintf(stderr, "skipped: userfaultfd with MINOR_SHMEM is not to be had here\n");
-        return 77;
-    }
     int rc = io_uring_queue_init(8, &ring, 0);
     if (rc < 0) {
-        fprintf(stderr, "skipped: io_uring is not to be had here (%s)\n", strerror(-rc));
+        printf("skipped: needs io_uring (%s)\n", strerror(-rc));
         return 77;
     }
     io_uring_queue_exit(&ring);
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(reading_a_hole_through_a_mapping_allocates_it),
-        cmocka_unit_test(seek_tells_data_from_holes),
-        cmocka_unit_test(io_uring_polls_a_userfaultfd),
-        cmocka_unit_test(a_poll_under_way_holds_a_reference),
-        cmocka_unit_test(io_uring_receives_into_a_hole),
+    static const struct fact facts[] = {
+        FACT(reading_a_hole_through_a_mapping_allocates_it),
+        FACT(seek_tells_data_from_holes),
+        FACT(io_uring_polls_a_userfaultfd),
+        FACT(a_poll_under_way_holds_a_reference),
+        FACT(io_uring_receives_into_a_hole),
     };
-    return cmocka_run_group_tests_name("files and io_uring", tests, NULL, NULL);
+    return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }

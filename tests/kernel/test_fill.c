@@ -3,9 +3,7 @@
  * meets. */
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,11 +12,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/kernel/area.h"
+#include "tests/kernel/fact.h"
 
 static void continue_stops_at_a_hole(void **state)
 {
@@ -226,26 +223,130 @@ static void after_exit_fills_are_esrch(void **state)
     area_free(&area);
 }
 
-int main(void)
+static void continue_overwrites_poison(void **state)
 {
-    uint64_t features;
-    struct mf_error err;
-    if (mf_uffd_features(&features, &err) < 0 ||
-        (features & MF_UFFD_FEATURES) != MF_UFFD_FEATURES) {
-        fprintf(stderr, "skipped: userfaultfd with MINOR_SHMEM is not to be had here\n");
-        return 77;
+    (void)state;
+    struct area area;
+    area_make_with(&area, AREA_SHMEM, 2, MF_UFFD_FEATURES | UFFD_FEATURE_POISON);
+    area_register(&area, BOTH_MODES);
+    struct uffdio_poison poison = {
+        .range = {.start = (uintptr_t)area.guest, .len = area.page_bytes}};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_POISON, &poison), 0);
+    assert_int_equal(poison.updated, area.page_bytes);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    assert_int_equal(area.guest[0], 'a');
+    area_free(&area);
+}
+
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+
+static void continue_overwrites_a_guard(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, 2);
+    area_register(&area, BOTH_MODES);
+    if (madvise(area.guest, area.page_bytes, MADV_GUARD_INSTALL) != 0)
+        lacking("guards in shared memory (Linux 6.15: %s)", strerror(errno));
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    assert_int_equal(area.guest[0], 'a');
+    area_free(&area);
+}
+
+/** Why a private mapping of RAM is refused: what is written to it is seen by nobody. */
+static void continue_of_a_private_mapping_is_read_only(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, 2);
+    map_at(area.guest, area.length_bytes, MAP_PRIVATE, area.file);
+    area_register(&area, BOTH_MODES);
+    put(&area, 0, 'a');
+    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
+    assert_int_equal(area.guest[0], 'a');
+    area.guest[0] = 'p'; /* its own copy, without a message */
+    assert_true(no_message(area.uffd));
+    assert_int_equal(area.second[0], 'a');
+    area_free(&area);
+}
+
+/** Private anonymous memory: it can be copied into, not continued. */
+static void private_memory_is_filled_by_copy_and_zeropage(void **state)
+{
+    (void)state;
+    struct area area;
+    uint64_t done_bytes;
+    area_make(&area, AREA_SHMEM, 4);
+    map_at(area.guest, area.length_bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    assert_int_equal(area_register_pages(&area, 0, 4, UFFDIO_REGISTER_MODE_MINOR), EINVAL);
+    assert_int_equal(area_register_pages(&area, 0, 4, UFFDIO_REGISTER_MODE_MISSING), 0);
+    char bytes[2 * 4096];
+    memset(bytes, 'c', sizeof(bytes));
+    struct uffdio_copy copy = {
+        .dst = (uintptr_t)page_of(&area, 1), .src = (uintptr_t)bytes, .len = sizeof(bytes)};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), 0);
+    assert_int_equal(copy.copy, sizeof(bytes));
+    assert_memory_equal(page_of(&area, 1), bytes, sizeof(bytes));
+    /* From a page that is a hole into those that are not. */
+    copy.dst = (uintptr_t)area.guest;
+    copy.copy = 12345;
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), EAGAIN);
+    assert_int_equal(copy.copy, area.page_bytes);
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), EEXIST);
+    assert_int_equal(copy.copy, -EEXIST);
+    assert_int_equal(
+        mf_uffd_zeropage(area.uffd, (uintptr_t)page_of(&area, 3), area.page_bytes, &done_bytes), 0);
+    assert_int_equal(*page_of(&area, 3), 0);
+    int64_t result;
+    assert_int_equal(continue_pages(&area, 3, 1, &result), EINVAL);
+    area_free(&area);
+}
+
+/** Modes are replaced when one of them is new, but never merely taken away: that takes UNREGISTER.
+ */
+static void registering_fewer_modes_changes_nothing(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, 8);
+    area_register(&area, BOTH_MODES);
+    assert_int_equal(area_register_pages(&area, 0, 8, UFFDIO_REGISTER_MODE_MINOR), 0);
+    assert_int_equal(area_register_pages(&area, 2, 2, UFFDIO_REGISTER_MODE_MINOR), 0);
+    for (size_t page = 1; page <= 2; page++) {
+        struct actor reader = {.act = ACT_READ, .at = page_of(&area, page)};
+        actor_start(&reader);
+        struct uffd_msg message = next_message(area.uffd);
+        assert_int_equal(message.event, UFFD_EVENT_PAGEFAULT);
+        assert_int_equal(message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR, 0);
+        put(&area, page, 'a');
+        assert_int_equal(continue_pages(&area, page, 1, NULL), 0);
+        actor_finish(&reader);
     }
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(continue_stops_at_a_hole),
-        cmocka_unit_test(continue_stops_at_a_mapped_page),
-        cmocka_unit_test(continue_on_a_mapped_page_is_eexist),
-        cmocka_unit_test(continue_on_a_hole_is_efault),
-        cmocka_unit_test(continue_outside_a_registration_is_enoent),
-        cmocka_unit_test(continue_across_the_end_is_enoent),
-        cmocka_unit_test(continue_beyond_the_file_is_einval),
-        cmocka_unit_test(zeropage_on_shmem),
-        cmocka_unit_test(registering_what_another_owns_is_ebusy),
-        cmocka_unit_test(after_exit_fills_are_esrch),
+    area_free(&area);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct fact facts[] = {
+        FACT(continue_stops_at_a_hole),
+        FACT(continue_stops_at_a_mapped_page),
+        FACT(continue_on_a_mapped_page_is_eexist),
+        FACT(continue_on_a_hole_is_efault),
+        FACT(continue_outside_a_registration_is_enoent),
+        FACT(continue_across_the_end_is_enoent),
+        FACT(continue_beyond_the_file_is_einval),
+        FACT(zeropage_on_shmem),
+        FACT(registering_what_another_owns_is_ebusy),
+        FACT(after_exit_fills_are_esrch),
+        FACT_NEEDS(continue_overwrites_poison, UFFD_FEATURE_POISON),
+        FACT(continue_overwrites_a_guard),
+        FACT(continue_of_a_private_mapping_is_read_only),
+        FACT(private_memory_is_filled_by_copy_and_zeropage),
+        FACT(registering_fewer_modes_changes_nothing),
     };
-    return cmocka_run_group_tests_name("results of the fill ioctls", tests, NULL, NULL);
+    return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }

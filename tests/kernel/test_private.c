@@ -5,9 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,14 +15,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "lib/inject.h"
 #include "lib/pagemap.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/kernel/area.h"
+#include "tests/kernel/fact.h"
 
 #define PAGES 8u
 #define PAGE 4096u
@@ -387,25 +384,20 @@ static void stores_to_private_memory_are_seen(void **state)
         assert_int_equal((seen[i] & MF_PAGEMAP_WRITTEN) != 0, i == 2 || i == 4 || i >= 6);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(copy_lands_and_wakes, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(only_a_fill_makes_a_page_and_a_second_one_is_eexist, set_up,
-                                        tear_down),
-        cmocka_unit_test_setup_teardown(copy_across_a_split_is_enoent, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(dontneed_tells_then_the_page_is_missing_again, set_up,
-                                        tear_down),
-        cmocka_unit_test_setup_teardown(a_copy_after_the_event_brings_discarded_bytes_back, set_up,
-                                        tear_down),
-        cmocka_unit_test_setup_teardown(dontunmap_takes_the_pages_along, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(a_forked_child_misses_what_its_parent_misses, set_up,
-                                        tear_down),
-        cmocka_unit_test_setup_teardown(holes_and_the_page_of_zeros_hold_nothing, set_up,
-                                        tear_down),
-        cmocka_unit_test_setup_teardown(memory_of_the_dead_is_no_hole, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(discarding_reaches_locked_memory, set_up, tear_down),
-        cmocka_unit_test_setup_teardown(stores_to_private_memory_are_seen, set_up, tear_down),
+    static const struct fact facts[] = {
+        FACT_WITH(copy_lands_and_wakes, set_up, tear_down),
+        FACT_WITH(only_a_fill_makes_a_page_and_a_second_one_is_eexist, set_up, tear_down),
+        FACT_WITH(copy_across_a_split_is_enoent, set_up, tear_down),
+        FACT_WITH(dontneed_tells_then_the_page_is_missing_again, set_up, tear_down),
+        FACT_WITH(a_copy_after_the_event_brings_discarded_bytes_back, set_up, tear_down),
+        FACT_WITH(dontunmap_takes_the_pages_along, set_up, tear_down),
+        FACT_WITH(a_forked_child_misses_what_its_parent_misses, set_up, tear_down),
+        FACT_WITH(holes_and_the_page_of_zeros_hold_nothing, set_up, tear_down),
+        FACT_WITH(memory_of_the_dead_is_no_hole, set_up, tear_down),
+        FACT_WITH(discarding_reaches_locked_memory, set_up, tear_down),
+        FACT_WITH(stores_to_private_memory_are_seen, set_up, tear_down),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }
