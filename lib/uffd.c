@@ -222,3 +222,21 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     int rc = ioctl(uffd, UFFDIO_ZEROPAGE, &arg);
     return filled(rc, arg.zeropage, done_bytes);
 }
+
+int mf_uffd_event_pending(int uffd)
+{
+    /* What is asked for is nothing, which is refused as EINVAL; but the kernel looks first whether
+     * the layout is changing (mmap_changing), which is EAGAIN. */
+    struct uffdio_writeprotect nothing = {0};
+    if (ioctl(uffd, UFFDIO_WRITEPROTECT, &nothing) == 0 || errno == EINVAL)
+        return 0;
+    return errno == EAGAIN ? 1 : -errno;
+}
+
+bool mf_uffd_alive(int uffd)
+{
+    /* Lifting a protection that nobody has set. Most likely nothing is registered at the lowest
+     * address that programs may use (sysctl vm.mmap_min_addr), which is ENOENT. */
+    struct uffdio_writeprotect lowest = {.range = {.start = 0x10000, .len = 0x1000}, .mode = 0};
+    return ioctl(uffd, UFFDIO_WRITEPROTECT, &lowest) == 0 || errno != ESRCH;
+}

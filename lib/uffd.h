@@ -78,3 +78,15 @@ int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes);
  */
 int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
 int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint64_t *done_bytes);
+
+/**
+ * mf_uffd_event_pending() - is an event (UNMAP, REMAP, REMOVE, FORK; not a fault) waiting to be
+ * read? Cheap, changes nothing. Return: 0: certainly none was when this was called. 1: one is, or
+ * is about to be sent, or was read a moment ago and its thread has not gone on yet; poll(2) and
+ * read(2) tell. -errno on a descriptor that is none.
+ */
+int mf_uffd_event_pending(int uffd);
+
+/** mf_uffd_alive() - does the address space still exist that @uffd belongs to? It ends with the
+ * last thread, and by exec. Return: false only if it is certainly gone. */
+bool mf_uffd_alive(int uffd);

@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/observe.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "lib/util.h"
+
+int mf_observe_open(pid_t pid, struct mf_error *err)
+{
+    char path[32];
+    snprintf(path, sizeof(path), "/proc/%d", pid);
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd >= 0)
+        return fd;
+    if (errno == ENOENT)
+        return mf_fail(err, ESRCH, "there is no process %d", pid);
+    return mf_fail(err, errno, "cannot look at process %d (%s): %s", pid, path, strerror(errno));
+}
+
+/** read_text() - a small file of a thread. Return: its length, or -errno. */
+static ssize_t read_text(int proc_fd, pid_t tid, const char *file, char *text, size_t size)
+{
+    char path[48];
+    snprintf(path, sizeof(path), "task/%d/%s", tid, file);
+    cleanup_close int fd = openat(proc_fd, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    ssize_t length = read(fd, text, size - 1);
+    if (length < 0)
+        return -errno;
+    text[length] = '\0';
+    return length;
+}
+
+/** struct runs - how often a thread has been switched to, and for how long it has run in all:
+ * proc_pid_schedstat(5), or on kernels without it proc_pid_status(5), which tells the first only.
+ */
+struct runs {
+    uint64_t switches, run_ns;
+};
+
+static struct runs runs_of(int proc_fd, pid_t tid)
+{
+    char text[4096];
+    struct runs runs = {0};
+    if (read_text(proc_fd, tid, "schedstat", text, sizeof(text)) > 0 &&
+        sscanf(text, "%" SCNu64 " %*u %" SCNu64, &runs.run_ns, &runs.switches) == 2 &&
+        runs.switches > 0)
+        return runs;
+    runs = (struct runs){0};
+    if (read_text(proc_fd, tid, "status", text, sizeof(text)) > 0) {
+        const char *wanted = "\nvoluntary_ctxt_switches:";
+        const char *at = strstr(text, wanted);
+        runs.switches = at ? strtoull(at + strlen(wanted), NULL, 10) : 0;
+    }
+    return runs;
+}
+
+enum waits { WAITS_NOT, WAITS_PERHAPS, WAITS_SURELY };
+
+/** waits_for_reader() - does the thread wait for an event to be read? By the function it sleeps in
+ * (fs/userfaultfd.c): userfaultfd_event_wait_completion(), or whichever it was inlined into, all of
+ * which bear userfaultfd_ in their names; one that waits for a page sleeps in handle_userfault().
+ */
+static enum waits waits_for_reader(int proc_fd, pid_t tid)
+{
+    char where[128];
+    if (read_text(proc_fd, tid, "wchan", where, sizeof(where)) <= 0 || strcmp(where, "0") == 0)
+        return WAITS_PERHAPS; /* kernels without symbols, or not permitted */
+    return strstr(where, "userfaultfd_") ? WAITS_SURELY : WAITS_NOT;
+}
+
+/** read_call() - which call a thread is blocked in. "running", "-1 SP PC" (blocked, but not in a
+ * call), or "NUMBER ARGUMENT×6 SP PC". Return: 1 with @out filled, 0 if it runs, -EAGAIN if it is
+ * blocked elsewhere, or -errno. */
+static int read_call(int proc_fd, pid_t tid, struct mf_blocked *out)
+{
+    char text[256];
+    ssize_t length = read_text(proc_fd, tid, "syscall", text, sizeof(text));
+    if (length < 0)
+        return (int)length;
+    if (text[0] == 'r')
+        return 0;
+    *out = (struct mf_blocked){.tid = tid};
+    return sscanf(text, "%ld %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64,
+                  &out->number, &out->args[0], &out->args[1], &out->args[2], &out->args[3],
+                  &out->args[4], &out->args[5]) == 7
+               ? 1
+               : -EAGAIN;
+}
+
+static bool same_call(const struct mf_blocked *a, const struct mf_blocked *b)
+{
+    return a->number == b->number && memcmp(a->args, b->args, sizeof(a->args)) == 0;
+}
+
+enum sight { SEEN_RUNNING, SEEN_WAITING, SEEN_ELSEWHERE };
+
+/** look_at() - one thread. Return: an enum sight, @out filled if it waits, or -errno. */
+static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
+{
+    int rc = read_call(proc_fd, tid, out);
+    if (rc <= 0)
+        return rc == 0 ? SEEN_RUNNING : rc == -EAGAIN ? SEEN_ELSEWHERE : rc;
+    enum waits waits = waits_for_reader(proc_fd, tid);
+    if (waits == WAITS_PERHAPS) {
+        /* No name is also what a thread shows that has begun to run meanwhile. */
+        struct mf_blocked again;
+        rc = read_call(proc_fd, tid, &again);
+        if (rc <= 0 || !same_call(out, &again))
+            return rc < 0 && rc != -EAGAIN ? rc : SEEN_RUNNING;
+    }
+    if (waits == WAITS_NOT || (waits == WAITS_PERHAPS && !mf_blocked_relevant(out->number)))
+        return SEEN_ELSEWHERE;
+    struct runs runs = runs_of(proc_fd, tid);
+    out->certain = waits == WAITS_SURELY;
+    out->switches = runs.switches;
+    out->run_ns = runs.run_ns;
+    return SEEN_WAITING;
+}
+
+/** look() - at all threads once. Return: how many wait (at most @max were written), or -errno. */
+static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max)
+{
+    int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (task < 0)
+        return errno == ENOENT ? -ESRCH : -errno;
+    cleanup_closedir DIR *dir = fdopendir(task);
+    if (!dir) {
+        close(task);
+        return -ENOMEM;
+    }
+    size_t count = 0;
+    struct mf_blocked one;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
+        if (tid <= 0)
+            continue;
+        int rc = look_at(proc_fd, tid, &one);
+        if (rc == -ENOENT || rc == -ESRCH)
+            continue; /* it has ended */
+        if (rc < 0)
+            return rc;
+        if (rc != SEEN_WAITING)
+            continue;
+        if (count < max)
+            blocked[count] = one;
+        count++;
+    }
+    return (ssize_t)count;
+}
+
+/** struct seen - a wait of the first look. */
+struct seen {
+    pid_t tid;
+    uint64_t switches;
+};
+
+int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_observation *out)
+{
+    struct seen before[MF_OBSERVE_MAX];
+    if (max > MF_OBSERVE_MAX)
+        max = MF_OBSERVE_MAX;
+    *out = (struct mf_observation){.complete = true};
+    ssize_t first = look(proc_fd, blocked, max);
+    if (first <= 0)
+        return (int)first;
+    size_t before_count = (size_t)first < max ? (size_t)first : max;
+    for (size_t i = 0; i < before_count; i++)
+        before[i] = (struct seen){.tid = blocked[i].tid, .switches = blocked[i].switches};
+
+    ssize_t second = look(proc_fd, blocked, max);
+    if (second < 0)
+        return (int)second;
+    out->complete = (size_t)first <= max && (size_t)second <= max;
+    out->count = (size_t)second < max ? (size_t)second : max;
+    /* Only a wait that both have seen: another was perhaps for a lock. */
+    for (size_t i = 0; i < out->count; i++) {
+        bool seen = false;
+        for (size_t k = 0; k < before_count && !seen; k++)
+            seen = before[k].tid == blocked[i].tid && before[k].switches == blocked[i].switches;
+        out->readable += seen;
+    }
+    return 0;
+}
+
+#define SETTLE_LIMIT_NS 50000000u /**< a thread that has to go on may have to wait for a CPU */
+#define SPURIOUS_RUN_NS 200000u   /**< more than it takes to look and sleep again */
+
+/**
+ * has_gone_on() - is it this one's message that was read?
+ * Reading one message wakes all who wait (fs/userfaultfd.c, userfaultfd_event_complete()): those
+ * whose message it was not look at it and sleep again, in a few microseconds.
+ * Return: 1 it has gone on, 0 it waits (still or again), -1 it can't be told yet.
+ */
+static int has_gone_on(int proc_fd, const struct mf_blocked *before)
+{
+    struct mf_blocked now;
+    int rc = look_at(proc_fd, before->tid, &now);
+    if (rc < 0 || rc == SEEN_ELSEWHERE)
+        return 1;
+    if (rc == SEEN_WAITING) {
+        if (!same_call(&now, before))
+            return 1;
+        return now.switches != before->switches ? 0 : -1;
+    }
+    /* Running: to look and sleep again, or on and on? */
+    return runs_of(proc_fd, before->tid).run_ns > before->run_ns + SPURIOUS_RUN_NS ? 1 : -1;
+}
+
+bool mf_observe_settle(int proc_fd, struct mf_blocked *blocked, size_t count,
+                       struct mf_change *change)
+{
+    uint64_t start_ns = mf_now_ns();
+    size_t candidates = 0;
+    long pause_ns = 10000;
+    for (size_t i = 0; i < count; i++)
+        candidates += blocked[i].candidate;
+    for (;;) {
+        ssize_t who = -1;
+        size_t gone_on = 0, wait = 0;
+        for (size_t i = 0; i < count; i++) {
+            int rc = blocked[i].candidate ? has_gone_on(proc_fd, &blocked[i]) : -1;
+            gone_on += rc == 1;
+            wait += rc == 0;
+            who = rc == 1 ? (ssize_t)i : who;
+        }
+        bool told = gone_on == 1 && wait == candidates - 1;
+        /* All wait: whoever went on was back in an equal call before it was looked at. */
+        if (told || gone_on > 1 || wait == candidates || mf_now_ns() - start_ns > SETTLE_LIMIT_NS) {
+            mf_change_settle(blocked, count, told ? who : -1, change);
+            return told;
+        }
+        nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
+        pause_ns = pause_ns < 1000000 ? pause_ns * 2 : pause_ns;
+    }
+}
