@@ -27,27 +27,74 @@ static void serve(struct mf_events *events, const struct mf_fault *fault)
             let_fault_again(events, fault->context, fault->addr);
         return;
     }
+    if (mapping.region == MF_REGION_ZEROS) {
+        events->ops->fault(events->arg, fault, MF_REGION_ZEROS, 0);
+        return;
+    }
     events->ops->fault(events->arg, fault, mapping.region,
                        (fault->addr - mapping.start_addr + mapping.offset_bytes) /
                            events->region[mapping.region].page_bytes);
 }
 
-static void discard_range(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+/* Is a part of a private region's pages mapped by anybody beside @except? Then each has or misses
+ * pages of its own, and what one discards the other keeps. */
+static bool mapped_elsewhere(const struct mf_mapping *mappings, unsigned count,
+                             const struct mf_mapping *except, uint64_t offset_bytes,
+                             uint64_t length_bytes)
+{
+    for (unsigned i = 0; i < count; i++) {
+        const struct mf_mapping *m = &mappings[i];
+        if (m != except && m->region == except->region &&
+            m->offset_bytes < offset_bytes + length_bytes &&
+            offset_bytes < m->offset_bytes + m->length_bytes)
+            return true;
+    }
+    return false;
+}
+
+static int discard_range(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     unsigned count = mf_layout_get(events->layout, mappings, MF_MAPPINGS_MAX);
     for (unsigned i = 0; i < count; i++) {
         const struct mf_mapping *m = &mappings[i];
         const uint64_t mapped_end = m->start_addr + m->length_bytes;
-        if (m->context != context || mapped_end <= start || m->start_addr >= end)
+        if (m->context != context || m->region == MF_REGION_ZEROS || mapped_end <= start ||
+            m->start_addr >= end)
             continue;
         const uint64_t page_bytes = events->region[m->region].page_bytes;
         const uint64_t from = start > m->start_addr ? start : m->start_addr;
         const uint64_t to = end < mapped_end ? end : mapped_end;
-        const uint64_t first = (from - m->start_addr + m->offset_bytes) / page_bytes;
+        const uint64_t offset_bytes = from - m->start_addr + m->offset_bytes;
+        if (events->region[m->region].kind == MF_MEMORY_PRIVATE &&
+            mapped_elsewhere(mappings, count, m, offset_bytes, to - from)) {
+            int r = mf_layout_zeros(events->layout, context, m->region, from, to);
+            if (r < 0)
+                return r;
+            continue;
+        }
+        const uint64_t first = offset_bytes / page_bytes;
         const uint64_t last = (to - 1 - m->start_addr + m->offset_bytes) / page_bytes;
         events->ops->discard(events->arg, m->region, first, last + 1 - first);
     }
+    return 0;
+}
+
+/* The pages of private memory went along: what stays mapped at the old place (MREMAP_DONTUNMAP;
+ * else an UNMAP follows) reads as zeros. */
+static int leave_zeros(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    unsigned count = mf_layout_get(events->layout, mappings, MF_MAPPINGS_MAX);
+    int r = 0;
+    for (unsigned i = 0; r == 0 && i < count; i++) {
+        const uint32_t region = mappings[i].region;
+        if (mappings[i].context == context && region != MF_REGION_ZEROS &&
+            events->region[region].kind == MF_MEMORY_PRIVATE && mappings[i].start_addr < end &&
+            mappings[i].start_addr + mappings[i].length_bytes > start)
+            r = mf_layout_zeros(events->layout, context, region, start, end);
+    }
+    return r;
 }
 
 static int apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
@@ -59,7 +106,7 @@ static int apply_event(struct mf_events *events, uint32_t context, const struct 
     case UFFD_EVENT_REMOVE:
         /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has
          * punched the file before, silently. So the range is discarded either way. */
-        discard_range(events, context, start, end);
+        r = discard_range(events, context, start, end);
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_UNMAP:
@@ -69,6 +116,9 @@ static int apply_event(struct mf_events *events, uint32_t context, const struct 
     case UFFD_EVENT_REMAP:
         r = mf_layout_remap(events->layout, context, message->arg.remap.from, message->arg.remap.to,
                             message->arg.remap.len);
+        if (r == 0)
+            r = leave_zeros(events, context, message->arg.remap.from,
+                            message->arg.remap.from + message->arg.remap.len);
         break;
     default:
         mf_log(MF_LOG_WARNING, "a userfaultfd message of unknown kind %#x", message->event);
@@ -76,7 +126,7 @@ static int apply_event(struct mf_events *events, uint32_t context, const struct 
     return r;
 }
 
-int mf_events_read(struct mf_events *events, uint32_t context)
+static int read_all(struct mf_events *events, uint32_t context)
 {
     struct uffd_msg messages[MESSAGES_A_READ];
     int event = 0;
@@ -105,6 +155,14 @@ int mf_events_read(struct mf_events *events, uint32_t context)
                 let_fault_again(events, context, addr);
         }
     }
+}
+
+int mf_events_read(struct mf_events *events, uint32_t context)
+{
+    mf_gate_close(events->gate);
+    int r = read_all(events, context);
+    mf_gate_open(events->gate);
+    return r;
 }
 
 void mf_events_serve(struct mf_events *events, bool event)

@@ -19,6 +19,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
 
@@ -34,7 +35,8 @@ struct mf_fault {
 
 /** struct mf_events_ops - what the owner does. All are called on the reading thread. */
 struct mf_events_ops {
-    /** fault: somebody waits for @page of @region. From mf_events_serve() only. */
+    /** fault: somebody waits for @page of @region, which may be MF_REGION_ZEROS (@page says nothing
+     * then: give zeros at the address). From mf_events_serve() only. */
     void (*fault)(void *arg, const struct mf_fault *fault, uint32_t region, uint64_t page);
     /** discard: pages whose contents the target discarded (REMOVE). The event is sent before the
      * pages go, and the target goes on once it was read. From mf_events_read(), so it must not
@@ -50,6 +52,7 @@ struct mf_events {
     struct mf_layout *layout;
     const struct mf_region *region; /**< all regions, by index */
     const int *context_fd;          /**< the userfaultfd of each context of the layout */
+    struct mf_gate *gate;           /**< where there are regions of private memory, else NULL */
 
     bool serving;
     unsigned fault_count, parked_count;

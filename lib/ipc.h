@@ -22,10 +22,11 @@
 enum mf_ipc_type {
     /* memferryd → mover */
     MF_IPC_SETUP = 1, /**< with the session file */
-    MF_IPC_REGION,    /**< with the RAM file */
+    MF_IPC_REGION,    /**< with the RAM file; of private memory: struct mf_region_source, fd */
     MF_IPC_CONTEXT,   /**< with the userfaultfd; a source has one only if writes are tracked */
     MF_IPC_PAGEMAP,   /**< source, if writes are tracked: with /proc/PID/pagemap */
-    MF_IPC_MAPPING,   /**< of what the userfaultfd watches */
+    MF_IPC_POPULATED, /**< source with private memory: with /proc/PID/pagemap */
+    MF_IPC_MAPPING,   /**< of what the userfaultfd watches, and of private memory in any case */
     MF_IPC_GO, /**< all is handed over; at the destination, empty the RAM files unless restarted */
     MF_IPC_LINK,
     MF_IPC_CONNECTION, /**< with a connected socket, preamble done */

@@ -12,8 +12,10 @@
  * fault thread waiting. So that one, which lands single pages, stores through the second mapping.
  *
  * hugetlbfs has no write(2); its pages are received straight into the second mapping.
+ *
+ * Private memory has no file: land_private.c.
  */
-#include "lib/land.h"
+#include "lib/land_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,19 +29,17 @@
 /* Claimed at once: who waits for one of these pages waits for all. */
 #define RUN_BYTES (64u * 1024u)
 
-static int punch(const struct mf_region *region, uint64_t page)
+int land_punch(const struct mf_region *region, uint64_t first, uint64_t pages)
 {
     return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                     (off_t)(page * region->page_bytes), region->page_bytes) == 0
+                     (off_t)(first * region->page_bytes), (off_t)(pages * region->page_bytes)) == 0
                ? 0
                : -errno;
 }
 
-/* A page was discarded while this thread filled it: take the bytes out again, then let it be zeros.
- */
-static void finish_discard(const struct mf_lander *lander, uint32_t region, uint64_t page)
+void land_finish_discard(const struct mf_lander *lander, uint32_t region, uint64_t page)
 {
-    int r = punch(&lander->resolver.region[region], page);
+    int r = land_punch(&lander->resolver.region[region], page, 1);
     if (r < 0) {
         lander->ops->broken(lander->arg, region, r);
         return;
@@ -84,27 +84,33 @@ static int land_run(const struct mf_lander *lander, uint32_t region_index, uint6
 {
     const struct mf_region *region = &lander->resolver.region[region_index];
     const struct mf_pages *states = &lander->pages[region_index];
+    uint64_t confirmed = 0;
+    if (region->kind == MF_MEMORY_PRIVATE && !round) {
+        int error = land_private(lander, region_index, first, pages, from, false, &confirmed);
+        lander->ops->landed(lander->arg, MF_LANDED_DATA, confirmed);
+        return error;
+    }
     int r = lander->by_mapping ? store(region, first, pages, from)
                                : write_all(region->fd, from, pages * region->page_bytes,
                                            first * region->page_bytes);
     if (r < 0) {
         for (uint64_t page = first; page < first + pages; page++)
             if (mf_page_unclaim(states, page) & MF_PAGE_DISCARD)
-                finish_discard(lander, region_index, page);
+                land_finish_discard(lander, region_index, page);
         return r;
     }
     if (round) {
         /* The guest still runs at the source: what this is worth is said after RELEASE. */
         for (uint64_t page = first; page < first + pages; page++)
             if (mf_page_land_unconfirmed(states, page, true) & MF_PAGE_DISCARD)
-                finish_discard(lander, region_index, page);
+                land_finish_discard(lander, region_index, page);
         lander->ops->landed(lander->arg, MF_LANDED_ROUND, pages);
         return 0;
     }
     /* Almost always nobody waits and nothing was discarded; then this is one ioctl for the run. */
     uint64_t waiting[16];
     unsigned waiting_count = 0;
-    uint64_t confirmed = 0, run = first;
+    uint64_t run = first;
     for (uint64_t page = first; page < first + pages; page++) {
         uint8_t was = mf_page_confirm(states, page);
         const bool discarded = was & MF_PAGE_DISCARD;
@@ -121,7 +127,7 @@ static int land_run(const struct mf_lander *lander, uint32_t region_index, uint6
             run = page + 1;
         }
         if (discarded)
-            finish_discard(lander, region_index, page);
+            land_finish_discard(lander, region_index, page);
     }
     lander->ops->landed(lander->arg, MF_LANDED_DATA, confirmed);
     return 0;
@@ -175,7 +181,7 @@ void mf_land_end_huge(const struct mf_lander *lander, const struct mf_frame *fra
                   : round  ? mf_page_land_unconfirmed(states, frame->first_page, true)
                            : mf_page_confirm(states, frame->first_page);
     if (was & MF_PAGE_DISCARD) {
-        finish_discard(lander, frame->region, frame->first_page);
+        land_finish_discard(lander, frame->region, frame->first_page);
         return;
     }
     if (!arrived)
@@ -212,7 +218,7 @@ static uint64_t zero_landed(const struct mf_lander *lander, const struct mf_fram
     for (uint64_t page = first; page < first + pages; page++) {
         if (!mf_page_claim(states, page))
             continue;
-        int r = punch(region, page);
+        int r = land_punch(region, page, 1);
         if (r < 0)
             lander->ops->broken(lander->arg, frame->region, r);
         uint8_t was = r < 0 ? mf_page_unclaim(states, page)
@@ -220,7 +226,7 @@ static uint64_t zero_landed(const struct mf_lander *lander, const struct mf_fram
                           ? mf_page_land_unconfirmed(states, page, false)
                           : mf_page_confirm(states, page);
         if (was & MF_PAGE_DISCARD) {
-            finish_discard(lander, frame->region, page);
+            land_finish_discard(lander, frame->region, page);
             continue;
         }
         if (r < 0 || frame->flags & MF_FRAME_FLAG_ROUND)
@@ -282,6 +288,11 @@ void mf_land_current(const struct mf_lander *lander, const struct mf_frame *fram
         uint64_t run = mf_page_run_of(states, MF_PAGE_LANDED | MF_PAGE_TORN, page, end, &landed);
         if (landed & MF_PAGE_TORN) {
             page += run; /* a later answer broke off over it: it is named as missing again */
+            continue;
+        }
+        if (landed && lander->resolver.region[frame->region].kind == MF_MEMORY_PRIVATE) {
+            confirmed += land_private_current(lander, frame->region, page, page + run);
+            page += run;
             continue;
         }
         confirmed += mf_page_confirm_empty(states, page, run, zero_waiter, &z);

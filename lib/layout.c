@@ -190,3 +190,39 @@ int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_ad
     replace(layout, next, count);
     return 0;
 }
+
+int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
+                    uint64_t start_addr, uint64_t end_addr)
+{
+    struct mf_mapping had[MF_MAPPINGS_MAX], next[MF_MAPPINGS_MAX];
+    uint32_t had_count = mf_layout_get(layout, had, MF_MAPPINGS_MAX), count = 0;
+    for (uint32_t i = 0; i < had_count; i++) {
+        struct mf_mapping m = had[i];
+        const uint64_t mapped_end = m.start_addr + m.length_bytes;
+        if (count + 3 > MF_MAPPINGS_MAX)
+            return -E2BIG;
+        if (m.context != context || m.region != region || mapped_end <= start_addr ||
+            m.start_addr >= end_addr) {
+            next[count++] = m;
+            continue;
+        }
+        const uint64_t from = m.start_addr > start_addr ? m.start_addr : start_addr;
+        const uint64_t to = mapped_end < end_addr ? mapped_end : end_addr;
+        if (from > m.start_addr) {
+            next[count] = m;
+            next[count++].length_bytes = from - m.start_addr;
+        }
+        next[count++] = (struct mf_mapping){.start_addr = from,
+                                            .length_bytes = to - from,
+                                            .region = MF_REGION_ZEROS,
+                                            .context = context};
+        if (mapped_end > to) {
+            next[count] = m;
+            next[count].start_addr = to;
+            next[count].offset_bytes += to - m.start_addr;
+            next[count++].length_bytes = mapped_end - to;
+        }
+    }
+    replace(layout, next, count);
+    return 0;
+}

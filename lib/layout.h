@@ -15,6 +15,11 @@
 
 #include "lib/target.h"
 
+/** Instead of a region's index: private memory that the target has discarded or moved away from
+ * here, while what it held is still wanted at another place. It reads as zeros and belongs to no
+ * region. */
+#define MF_REGION_ZEROS UINT32_MAX
+
 struct mf_layout_entry {
     _Atomic uint64_t start_addr, length_bytes, offset_bytes,
         region_context; /**< region << 32 | context */
@@ -63,3 +68,8 @@ int mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_a
  */
 int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
                     uint64_t to_addr, uint64_t length_bytes);
+
+/** mf_layout_zeros() - the part of [@start, @end) in which @region is mapped becomes
+ * MF_REGION_ZEROS. Writer only. Return: 0 or -E2BIG. */
+int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
+                    uint64_t start_addr, uint64_t end_addr);

@@ -19,15 +19,25 @@ bool mf_page_claim(const struct mf_pages *pages, uint64_t page)
     return false;
 }
 
-uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page)
+static uint8_t finish_landing(const struct mf_pages *pages, uint64_t page, uint8_t next)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
     while (!(was & MF_PAGE_DISCARD)) {
-        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, MF_PAGE_CONFIRMED,
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                   memory_order_acq_rel, memory_order_relaxed))
             break;
     }
     return was;
+}
+
+uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page)
+{
+    return finish_landing(pages, page, MF_PAGE_CONFIRMED);
+}
+
+uint8_t mf_page_place(const struct mf_pages *pages, uint64_t page)
+{
+    return finish_landing(pages, page, MF_PAGE_CONFIRMED | MF_PAGE_PLACED);
 }
 
 uint8_t mf_page_unclaim(const struct mf_pages *pages, uint64_t page)

@@ -44,6 +44,9 @@ enum mf_page_state {
 #define MF_PAGE_FAULTED 0x80u
 /** Destination: bytes of a precopy round lie in the RAM file under an UNCONFIRMED page. */
 #define MF_PAGE_LANDED 0x20u
+/** Destination, private memory, CONFIRMED: bytes were copied into the target. A page that is
+ * CONFIRMED without is one of zeros that it has not touched. */
+#define MF_PAGE_PLACED 0x20u
 /** Destination: a landing broke off in the middle; only bytes or zeros make this page right again.
  */
 #define MF_PAGE_TORN 0x10u
@@ -86,6 +89,10 @@ bool mf_page_claim(const struct mf_pages *pages, uint64_t page);
  *  Return: the byte before. If it has DISCARD, nothing was changed: the claimer punches the page
  * out and calls mf_page_discard_finish (I9). */
 uint8_t mf_page_confirm(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_place() - as mf_page_confirm, for a page of private memory that was copied into the
+ * target: CONFIRMED + PLACED. */
+uint8_t mf_page_place(const struct mf_pages *pages, uint64_t page);
 
 /** mf_page_unclaim() - LANDING → UNCONFIRMED + TORN by the claimer; FAULTED stays. Return: the byte
  * before; with DISCARD as for mf_page_confirm. */

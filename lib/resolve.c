@@ -12,7 +12,7 @@
 #define RANGES_MAX 32u
 
 /* EAGAIN without progress: an event is unread, or its victim has not run on yet. Soon it has. */
-static void wait_for_event(const struct mf_resolver *resolver, unsigned attempt)
+void mf_resolve_wait(const struct mf_resolver *resolver, unsigned attempt)
 {
     resolver->on_event(resolver->arg);
     if (attempt < 8)
@@ -46,7 +46,7 @@ static void continue_range(const struct mf_resolver *resolver, int uffd, uint64_
         } else if (r == -ESRCH) {
             return; /* the process is gone */
         } else if (r == -EAGAIN) {
-            wait_for_event(resolver, attempt++);
+            mf_resolve_wait(resolver, attempt++);
         } else if (r == -ENOENT && step > page_bytes) {
             /* A range is refused as a whole when a piece of it was unmapped, and also when an
              * madvise(2) or mprotect(2) has split the mapping, of which no event tells: page by
@@ -96,9 +96,75 @@ static int give_zeros(const struct mf_region *region, uint64_t page, int uffd, u
     return mf_uffd_continue(uffd, addr, region->page_bytes, &done_bytes);
 }
 
+/* ZEROPAGE at each of the places, inside the gate. Return: 0, or -EAGAIN or -ENOMEM if a place is
+ * to be tried again. */
+static int zero_places(const struct mf_resolver *resolver, const struct mf_range *ranges,
+                       unsigned count)
+{
+    int again = 0;
+    for (unsigned i = 0; i < count; i++) {
+        const int uffd = resolver->context_fd[ranges[i].context];
+        uint64_t done_bytes = 0;
+        int r = mf_uffd_zeropage(uffd, ranges[i].start_addr, ranges[i].length_bytes, &done_bytes);
+        if (r == -EAGAIN || r == -ENOMEM)
+            again = r;
+        else if (r < 0 && r != -ESRCH) /* EEXIST: it has the page. ENOENT: it is gone. */
+            mf_uffd_wake(uffd, ranges[i].start_addr, ranges[i].length_bytes);
+    }
+    return again;
+}
+
+static void wait_after(const struct mf_resolver *resolver, int error, unsigned attempt)
+{
+    if (error == -ENOMEM) /* comes back or does not; until then whoever waits goes on waiting */
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    mf_resolve_wait(resolver, attempt);
+}
+
+static void give_private_zeros(const struct mf_resolver *resolver, uint32_t region, uint64_t page)
+{
+    const uint64_t page_bytes = resolver->region[region].page_bytes;
+    struct mf_range ranges[MF_MAPPINGS_MAX];
+    for (unsigned attempt = 0;; attempt++) {
+        mf_gate_enter(resolver->gate);
+        unsigned count = mf_layout_ranges(resolver->layout, region, page * page_bytes, page_bytes,
+                                          ranges, MF_MAPPINGS_MAX);
+        int r = zero_places(resolver, ranges, count);
+        mf_gate_leave(resolver->gate);
+        if (r == 0)
+            return;
+        wait_after(resolver, r, attempt);
+    }
+}
+
+void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr)
+{
+    struct mf_mapping mapping;
+    const struct mf_range place = {
+        .start_addr = addr & ~UINT64_C(4095), .length_bytes = 4096, .context = context};
+    for (unsigned attempt = 0;; attempt++) {
+        mf_gate_enter(resolver->gate);
+        int r = 0;
+        /* What has come to lie there meanwhile is served by its own fault. */
+        if (mf_layout_find(resolver->layout, context, addr, &mapping) &&
+            mapping.region == MF_REGION_ZEROS)
+            r = zero_places(resolver, &place, 1);
+        else
+            mf_uffd_wake(resolver->context_fd[context], place.start_addr, place.length_bytes);
+        mf_gate_leave(resolver->gate);
+        if (r == 0)
+            return;
+        wait_after(resolver, r, attempt);
+    }
+}
+
 void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region_index, uint64_t page)
 {
     const struct mf_region *region = &resolver->region[region_index];
+    if (region->kind == MF_MEMORY_PRIVATE) {
+        give_private_zeros(resolver, region_index, page);
+        return;
+    }
     struct mf_range ranges[RANGES_MAX];
     unsigned count = mf_layout_ranges(resolver->layout, region_index, page * region->page_bytes,
                                       region->page_bytes, ranges, RANGES_MAX);
@@ -118,7 +184,7 @@ void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region_index, 
                 let_fault_again(uffd, addr, ranges[i].length_bytes, r);
                 break;
             }
-            wait_for_event(resolver, attempt);
+            mf_resolve_wait(resolver, attempt);
         }
     }
 }

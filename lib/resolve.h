@@ -13,6 +13,7 @@
 
 #include <stdint.h>
 
+#include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
 
@@ -26,6 +27,7 @@ struct mf_resolver {
      * thread does nothing in it and so waits for that one. */
     void (*on_event)(void *arg);
     void *arg;
+    struct mf_gate *gate; /**< where there are regions of private memory, else NULL */
 };
 
 /**
@@ -38,8 +40,16 @@ struct mf_resolver {
 void mf_resolve_run(const struct mf_resolver *resolver, uint32_t region, uint64_t first,
                     uint64_t pages);
 
-/** mf_resolve_page() - the same for one page that may also be a hole: it is given as zeros. */
+/** mf_resolve_page() - the same for one page that may also be a hole: it is given as zeros. A page
+ * of private memory always is: bytes are copied by who lands them (lib/land.h). */
 void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region, uint64_t page);
+
+/** mf_resolve_zeros() - give zeros at an address that belongs to no region any more
+ * (MF_REGION_ZEROS). */
+void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr);
+
+/** mf_resolve_wait() - an ioctl met EAGAIN without progress, for the @attempt-th time in a row. */
+void mf_resolve_wait(const struct mf_resolver *resolver, unsigned attempt);
 
 /** mf_resolve_wake() - make everybody who waits for a page fault again. */
 void mf_resolve_wake(const struct mf_resolver *resolver, uint32_t region, uint64_t page);

@@ -162,6 +162,13 @@ int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struc
                           _UFFDIO_CONTINUE, "filled by UFFDIO_CONTINUE", err);
 }
 
+int mf_uffd_register_private(int uffd, uint64_t start_addr, uint64_t length_bytes,
+                             struct mf_error *err)
+{
+    return register_modes(uffd, start_addr, length_bytes, UFFDIO_REGISTER_MODE_MISSING,
+                          _UFFDIO_COPY, "filled by UFFDIO_COPY", err);
+}
+
 int mf_uffd_register_wp(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err)
 {
     return register_modes(uffd, start_addr, length_bytes, UFFDIO_REGISTER_MODE_WP,
@@ -239,4 +246,13 @@ bool mf_uffd_alive(int uffd)
      * address that programs may use (sysctl vm.mmap_min_addr), which is ENOENT. */
     struct uffdio_writeprotect lowest = {.range = {.start = 0x10000, .len = 0x1000}, .mode = 0};
     return ioctl(uffd, UFFDIO_WRITEPROTECT, &lowest) == 0 || errno != ESRCH;
+}
+
+int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t length_bytes,
+                 uint64_t *done_bytes)
+{
+    struct uffdio_copy arg = {
+        .dst = start_addr, .src = (uint64_t)(uintptr_t)from, .len = length_bytes};
+    int rc = ioctl(uffd, UFFDIO_COPY, &arg);
+    return filled(rc, arg.copy, done_bytes);
 }

@@ -48,6 +48,11 @@ int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
  * else's uffd). */
 int mf_uffd_register(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
 
+/** mf_uffd_register_private() - MISSING alone over private anonymous memory, which knows no MINOR
+ * faults. As mf_uffd_register. */
+int mf_uffd_register_private(int uffd, uint64_t start_addr, uint64_t length_bytes,
+                             struct mf_error *err);
+
 /** Features of a source's userfaultfd, which watches for writes without stopping anybody. */
 #define MF_UFFD_FEATURES_WP                                                                        \
     (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
@@ -90,3 +95,9 @@ int mf_uffd_event_pending(int uffd);
 /** mf_uffd_alive() - does the address space still exist that @uffd belongs to? It ends with the
  * last thread, and by exec. Return: false only if it is certainly gone. */
 bool mf_uffd_alive(int uffd);
+
+/** mf_uffd_copy() - give private memory pages of its own with what lies at @from. As
+ * mf_uffd_continue; of private memory -EEXIST means that this page is there for good, for nothing
+ * but a fill makes one while it is registered. -ENOMEM. */
+int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t length_bytes,
+                 uint64_t *done_bytes);

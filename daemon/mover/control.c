@@ -4,6 +4,7 @@
  * never blocking. Everything that the peer says is checked here before anything acts on it (I11).
  */
 #include "daemon/mover/mover.h"
+#include "daemon/mover/source/private.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -149,7 +150,9 @@ static uint64_t allocated_bytes(const struct mover *mover)
     uint64_t sum = 0;
     for (unsigned i = 0; i < mover->region_count; i++) {
         struct stat st;
-        if (fstat(mover->region[i].fd, &st) == 0)
+        if (mover->region[i].kind == MF_MEMORY_PRIVATE)
+            sum += private_allocated_bytes(mover, i);
+        else if (fstat(mover->region[i].fd, &st) == 0)
             sum += (uint64_t)st.st_blocks * 512u;
     }
     return sum;

@@ -19,6 +19,7 @@
 #include <stdint.h>
 
 #include "lib/ipc.h"
+#include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
 #include "lib/session_file.h"
@@ -115,8 +116,11 @@ struct mover {
     struct mf_region region[MF_REGIONS_MAX];
     struct mf_frame_region frame_region[MF_REGIONS_MAX];
     int context_fd[MOVER_CONTEXTS_MAX];
-    int pagemap_fd; /**< source: -1 if writes are not tracked */
+    int pagemap_fd;   /**< source: -1 if writes are not tracked */
+    int populated_fd; /**< source with private memory: /proc/PID/pagemap, else -1 */
     struct mf_layout layout;
+    bool private_memory; /**< a region is private anonymous memory: `gate` is used */
+    struct mf_gate gate;
 
     struct mf_session_view view;
     struct mf_figures *figures;

@@ -23,15 +23,19 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
     region->pages = region->size_bytes / region->page_bytes;
     region->kind = (enum mf_memory_kind)message->region.kind;
     region->fd = fd;
+    mover->frame_region[mover->region_count++] =
+        (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
+    if (region->kind == MF_MEMORY_PRIVATE) {
+        mover->private_memory = true;
+        if (mover->role == MF_SOURCE)
+            return; /* read, not mapped */
+    }
     int prot = mover->role == MF_SOURCE ? PROT_READ : PROT_READ | PROT_WRITE;
     void *at = mmap(NULL, region->size_bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
     if (at == MAP_FAILED)
         mover_fatal("cannot map the memory %s of %s: %s", region->name, mover->name,
                     strerror(errno));
     region->map = at;
-    mover->frame_region[mover->region_count] =
-        (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
-    mover->region_count++;
 }
 
 static void punch_page(void *arg, uint64_t page)
@@ -105,9 +109,14 @@ void mover_setup(struct mover *mover)
         case MF_IPC_PAGEMAP:
             mover->pagemap_fd = fd;
             break;
+        case MF_IPC_POPULATED:
+            mover->populated_fd = fd;
+            break;
         case MF_IPC_MAPPING:
+            /* A source that does not track writes has no context. */
             if (mapping_count == MF_MAPPINGS_MAX || message.mapping.region >= mover->region_count ||
-                message.mapping.context >= mover->context_count)
+                (message.mapping.context >= mover->context_count &&
+                 !(mover->role == MF_SOURCE && mover->context_count == 0)))
                 mover_fatal("memferryd handed over a mapping of nothing");
             mappings[mapping_count++] = message.mapping;
             break;
@@ -123,6 +132,8 @@ all:
     if (mf_session_file_map(session_fd, &mover->view, &err) < 0)
         mover_fatal("%s", err.text);
     close(session_fd);
+    if (mover->private_memory && mover->role == MF_SOURCE && mover->populated_fd < 0)
+        mover_fatal("memferryd handed over private memory without its pagemap");
     if (mover->view.file->region_count != mover->region_count)
         mover_fatal("the session file does not fit the regions");
     for (unsigned i = 0; i < mover->region_count; i++)

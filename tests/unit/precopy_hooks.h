@@ -15,6 +15,7 @@
 
 void model_hook(void);
 ssize_t model_pwrite(int fd, const void *from, size_t length_bytes, off_t offset_bytes);
+ssize_t model_pread(int fd, void *to, size_t length_bytes, off_t offset_bytes);
 off_t model_lseek(int fd, off_t offset_bytes, int whence);
 void *model_memcpy(void *to, const void *from, size_t length_bytes);
 
@@ -26,12 +27,13 @@ void *model_memcpy(void *to, const void *from, size_t length_bytes);
         model_hook();                                                                              \
         call;                                                                                      \
     })
-#define pread(...) AFTER_HOOK(pread(__VA_ARGS__))
+#define pread model_pread
 #define madvise(...) AFTER_HOOK(madvise(__VA_ARGS__))
 #define fallocate(...) AFTER_HOOK(fallocate(__VA_ARGS__))
 #define mf_is_zero(...) AFTER_HOOK(mf_is_zero(__VA_ARGS__))
 #define mf_page_claim(...) AFTER_HOOK(mf_page_claim(__VA_ARGS__))
 #define mf_page_confirm(...) AFTER_HOOK(mf_page_confirm(__VA_ARGS__))
+#define mf_page_place(...) AFTER_HOOK(mf_page_place(__VA_ARGS__))
 #define mf_page_unclaim(...) AFTER_HOOK(mf_page_unclaim(__VA_ARGS__))
 #define mf_page_land_unconfirmed(...) AFTER_HOOK(mf_page_land_unconfirmed(__VA_ARGS__))
 #define mf_page_mark_sent(...) AFTER_HOOK(mf_page_mark_sent(__VA_ARGS__))

@@ -11,6 +11,10 @@
  * PAGEMAP_SCAN and the sockets are modelled as doc/kernel.md describes them. Connections keep their
  * order, and nothing else does.
  *
+ * In some runs the small pages are private memory: the source's file is then what is read through
+ * /proc/PID/mem, the destination's is where pages wait to be confirmed, and each of the places
+ * where the destination maps them (a parent and the child it forked) has pages of its own.
+ *
  * A failure prints its seed; MF_SEED=that MF_RUNS=1 repeats it. Runs: MF_RUNS, else 3000.
  */
 #include <errno.h>
@@ -38,6 +42,7 @@
 #undef mf_is_zero
 #undef mf_page_claim
 #undef mf_page_confirm
+#undef mf_page_place
 #undef mf_page_unclaim
 #undef mf_page_land_unconfirmed
 #undef mf_page_mark_sent
@@ -97,11 +102,17 @@ static struct {
 } fault[REGIONS * MAPS * MOST];
 static unsigned fault_count;
 
+static bool private_kind; /* region 0 is private memory */
+static unsigned places;   /* where it is mapped at the destination: 2 after a fork */
+static uint8_t *private_memory[MAPS], *private_expected[MAPS];
+static bool zeros_there[MAPS][SMALL_MOST]; /* discarded by one of two */
+
 static enum phase phase;
 static unsigned streams, round_number, rounds_wanted;
 static bool confirm_first, tracked, source_vm_gone, cut, chunk_taken[REGIONS][MOST],
     barrier_out[STREAMS_MOST];
-static bool guest_runs_there, broken, may_discard, may_break, may_crash, may_switch, protect_fails;
+static bool guest_runs_there, broken, may_discard, may_break, may_crash, may_fork, may_switch,
+    protect_fails;
 static unsigned barriers, hook_rate, depth;
 static bool busy[ACTORS];
 static jmp_buf crashed;
@@ -161,6 +172,12 @@ static unsigned decode(uint64_t addr, uint32_t *region, uint64_t *page)
 /* ---- what the mover's code calls ---- */
 
 static void somebody_else(void);
+static bool is_hole(const struct mf_region *r, uint64_t page);
+
+static bool is_private(uint32_t region)
+{
+    return private_kind && region == 0;
+}
 
 void model_hook(void)
 {
@@ -168,7 +185,7 @@ void model_hook(void)
         return;
     if (crash_armed && may_crash && phase == RELEASED && below(40) == 0)
         longjmp(crashed, 1);
-    if (phase == RELEASED && below(300) == 0)
+    if (phase == RELEASED && !private_kind && below(300) == 0)
         source_vm_gone = true;
     if (depth >= 3)
         return;
@@ -192,6 +209,20 @@ off_t model_lseek(int fd, off_t offset_bytes, int whence)
 }
 
 /* Short writes let others see a page that is half there. */
+/* Of private memory: /proc/PID/mem, where the offset is the address; the guest runs meanwhile. */
+ssize_t model_pread(int fd, void *to, size_t length_bytes, off_t offset_bytes)
+{
+    model_hook();
+    if (!private_kind || fd != source.region[0].fd)
+        return pread(fd, to, length_bytes, offset_bytes);
+    uint32_t region = 0;
+    uint64_t page = 0;
+    const unsigned map = decode((uint64_t)offset_bytes, &region, &page);
+    must(map == 0 && region == 0, "read from nowhere", region, page);
+    size_t part = below(2) || length_bytes < 4096 ? length_bytes : length_bytes / 2;
+    return pread(fd, to, part, offset_bytes - (off_t)address(0, 0));
+}
+
 ssize_t model_pwrite(int fd, const void *from, size_t length_bytes, off_t offset_bytes)
 {
     model_hook();
@@ -275,6 +306,20 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, 
     return 0;
 }
 
+int mf_pagemap_populated(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                         uint64_t page_bytes, uint8_t *out)
+{
+    uint32_t region;
+    uint64_t first;
+    decode(start_addr, &region, &first);
+    must(pagemap_fd >= 0 && private_kind && region == 0, "not private memory", region, first);
+    for (uint64_t i = 0; i < length_bytes / page_bytes; i++) {
+        model_hook();
+        out[i] = is_hole(&source.region[0], first + i) ? 0 : MF_PAGEMAP_PRESENT;
+    }
+    return 0;
+}
+
 int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
 {
     uint32_t region;
@@ -313,6 +358,7 @@ int mf_uffd_continue(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     (void)uffd;
     const struct mf_region *r = &dest.region[region];
     *done_bytes = 0;
+    must(!is_private(region), "CONTINUE on private memory", region, first);
     for (uint64_t page = first; page < first + length_bytes / r->page_bytes; page++) {
         model_hook();
         int error = mapped[region][map][page] ? -EEXIST : is_hole(r, page) ? -EFAULT : 0;
@@ -332,12 +378,56 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     const struct mf_region *r = &dest.region[region];
     (void)uffd;
     model_hook();
+    if (is_private(region)) {
+        if (mapped[0][map][page])
+            return -EEXIST;
+        if (below(16) == 0)
+            return -EAGAIN;
+        memset(private_memory[map] + page * 4096, 0, 4096);
+        if (!zeros_there[map][page]) {
+            must(!(dest_state[0][page] & MF_PAGE_PLACED), "zeros for bytes", 0, page);
+            let_guest_have(0, map, page);
+        }
+        mapped[0][map][page] = true;
+        waiting[0][map][page] = false;
+        return 0;
+    }
     if (mapped[region][map][page] || !is_hole(r, page))
         return -EEXIST;
     if (fallocate(r->fd, FALLOC_FL_KEEP_SIZE, (off_t)(page * r->page_bytes), r->page_bytes) != 0)
         fail("out of memory", region, page);
     let_guest_have(region, map, page);
     *done_bytes = length_bytes;
+    return 0;
+}
+
+/* Others can't come in while the gate is held for as long as the kernel copies. */
+int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t length_bytes,
+                 uint64_t *done_bytes)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    (void)uffd;
+    *done_bytes = 0;
+    must(is_private(region), "COPY to a file", region, first);
+    must(phase != ROUNDS, "copied before it is known to be right", region, first);
+    for (uint64_t page = first; page < first + length_bytes / 4096; page++) {
+        model_hook();
+        int error = mapped[0][map][page]                                ? -EEXIST
+                    : below(40) == 0                                    ? -EAGAIN
+                    : may_break && phase == RELEASED && below(300) == 0 ? -ENOMEM
+                                                                        : 0;
+        if (error)
+            return *done_bytes ? -EAGAIN : error;
+        must(mf_page_state_of(dest_state[0][page]) == MF_PAGE_LANDING &&
+                 !(dest_state[0][page] & MF_PAGE_DISCARD) && !zeros_there[map][page],
+             "copied although it is discarded, or not claimed", 0, page);
+        memcpy(private_memory[map] + page * 4096, (const uint8_t *)from + *done_bytes, 4096);
+        mapped[0][map][page] = true;
+        waiting[0][map][page] = false;
+        *done_bytes += 4096;
+    }
     return 0;
 }
 
@@ -370,7 +460,7 @@ static void any_page(uint32_t *region, uint64_t *page)
 static void scribble(uint8_t *at, uint32_t page_bytes)
 {
     const uint64_t value = below(UINT32_MAX) + 1u;
-    const uint32_t places[] = {0, page_bytes / 2, page_bytes - 8};
+    const uint32_t spots[] = {0, page_bytes / 2, page_bytes - 8};
     if (below(4) == 0) {
         memset(at, 0, page_bytes);
         return;
@@ -378,7 +468,7 @@ static void scribble(uint8_t *at, uint32_t page_bytes)
     uint32_t which = below(4);
     for (uint32_t i = 0; i < 3; i++)
         if (which == 3 || which == i)
-            memcpy(at + places[i], &value, sizeof(value));
+            memcpy(at + spots[i], &value, sizeof(value));
 }
 
 static void punch_file(const struct mf_region *r, uint64_t page)
@@ -395,18 +485,23 @@ static void guest_at_source(void)
     any_page(&region, &page);
     const struct mf_region *r = &source.region[region];
     uint8_t *at = guest_memory[region] + page * r->page_bytes;
-    const unsigned map = below(MAPS);
+    const unsigned map = is_private(region) ? 0 : below(MAPS);
     switch (below(8)) {
     case 0: /* a balloon, or free page reporting */
         for (uint64_t n = 1 + below(3); n > 0 && page < r->pages; n--, page++) {
             TRACE("  guest punches %u:%llu\n", region, (unsigned long long)page);
             punch_file(r, page);
-            for (unsigned m = 0; m < MAPS; m++)
+            for (unsigned m = 0; m < MAPS; m++) {
                 present[region][m][page] = false;
+                /* What comes there next is a page that was never protected. */
+                written[region][m][page] |= is_private(region);
+            }
         }
         break;
     case 1: /* it reads: a hole becomes a page of zeros, and is not "written" */
         TRACE("  guest reads %u:%llu\n", region, (unsigned long long)page);
+        if (is_private(region) && is_hole(r, page))
+            break; /* the page of zeros, which counts as nothing */
         (void)*(volatile uint8_t *)at;
         present[region][map][page] = true;
         break;
@@ -417,9 +512,28 @@ static void guest_at_source(void)
     }
 }
 
+/* In the place @map. Where there is no page yet: what a fault would bring. */
+static void look_private(unsigned map, uint64_t page)
+{
+    static const uint8_t zeros[4096];
+    const uint8_t *finds = zeros;
+    if (mapped[0][map][page])
+        finds = private_memory[map] + page * 4096;
+    else if (!zeros_there[map][page])
+        must(!(dest_state[0][page] & MF_PAGE_PLACED), "a page that was copied is not there", 0,
+             page);
+    if (memcmp(finds, private_expected[map] + page * 4096, 4096) != 0)
+        fail("the process finds something else", 0, page);
+}
+
 static void look(uint32_t region, uint64_t page)
 {
     const struct mf_region *r = &dest.region[region];
+    if (is_private(region)) {
+        for (unsigned map = 0; map < places; map++)
+            look_private(map, page);
+        return;
+    }
     if (memcmp(r->map + page * r->page_bytes, expected[region] + page * r->page_bytes,
                r->page_bytes) != 0)
         fail("the guest finds something else", region, page);
@@ -430,7 +544,7 @@ static void guest_at_destination(void)
     uint32_t region;
     uint64_t page;
     any_page(&region, &page);
-    unsigned map = below(MAPS);
+    unsigned map = below(is_private(region) ? places : MAPS);
     const struct mf_region *r = &dest.region[region];
     if (!mapped[region][map][page]) {
         wanted[region][map][page] = true;
@@ -445,6 +559,14 @@ static void guest_at_destination(void)
     wanted[region][map][page] = false;
     if (!guest_runs_there)
         return; /* the VMM loads device state */
+    if (is_private(region)) {
+        look_private(map, page);
+        if (below(2)) {
+            scribble(private_expected[map] + page * 4096, 4096);
+            memcpy(private_memory[map] + page * 4096, private_expected[map] + page * 4096, 4096);
+        }
+        return;
+    }
     look(region, page);
     if (below(2)) {
         TRACE("  guest there writes %u:%llu\n", region, (unsigned long long)page);
@@ -528,6 +650,14 @@ static void serve_fault(void)
     uint8_t byte = mf_page_load(states, at.page);
     if (!waiting[at.region][map][at.page])
         return;
+    if (is_private(at.region) && zeros_there[map][at.page]) {
+        mf_resolve_zeros(&lander.resolver, 0, address(0, map) + at.page * 4096 + 17);
+        return;
+    }
+    if (is_private(at.region) && mf_page_resolvable(byte) && (byte & MF_PAGE_PLACED)) {
+        mf_resolve_wake(&lander.resolver, at.region, at.page);
+        return;
+    }
     if (!mf_page_resolvable(byte)) {
         if (byte & MF_PAGE_FAULTED)
             return;
@@ -543,6 +673,56 @@ static void serve_fault(void)
     mf_resolve_page(&lander.resolver, at.region, at.page);
 }
 
+static bool is_parent_and_child(uint64_t page)
+{
+    return places == 2 && !zeros_there[0][page] && !zeros_there[1][page];
+}
+
+/* madvise(MADV_DONTNEED) by one of them: as lib/events.c's discard_range(). */
+static void discard_private(uint64_t page)
+{
+    const unsigned map = below(places);
+    struct mf_lander lander = lander_of(true);
+    const uint64_t addr = address(0, map) + page * 4096;
+    const bool other = is_parent_and_child(page);
+    if (atomic_load(&dest.gate.filling) > 0 || zeros_there[map][page])
+        return; /* the reader waits; nothing more is to be done */
+    TRACE("  discard 0:%llu by %u\n", (unsigned long long)page, map);
+    uint8_t was = 0;
+    if (other)
+        must(mf_layout_zeros(&dest.layout, 0, 0, addr, addr + 4096) == 0, "no room", 0, page);
+    else
+        was = mf_page_discard(&dest.view.pages[0], page);
+    zeros_there[map][page] = other;
+    memset(private_expected[map] + page * 4096, 0, 4096);
+    mapped[0][map][page] = waiting[0][map][page] = false;
+    if (other || mf_page_state_of(was) == MF_PAGE_LANDING)
+        return;
+    if (was & MF_PAGE_FAULTED) {
+        mf_resolve_wake(&lander.resolver, 0, page);
+        account_served(&dest, 0, page);
+    }
+    account_missing(&dest, !mf_page_resolvable(was));
+}
+
+static void fork_it(void)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    if (places == 2 || atomic_load(&dest.gate.filling) > 0)
+        return;
+    TRACE("  forks\n");
+    unsigned count = mf_layout_get(&dest.layout, mappings, MF_MAPPINGS_MAX);
+    mappings[count] = mappings[0];
+    must(mappings[0].region == 0 && mappings[0].start_addr == address(0, 0), "not its mapping", 0,
+         0);
+    mappings[count++].start_addr = address(0, 1);
+    mf_layout_set(&dest.layout, mappings, count);
+    memcpy(private_memory[1], private_memory[0], dest.region[0].size_bytes);
+    memcpy(private_expected[1], private_expected[0], dest.region[0].size_bytes);
+    memcpy(mapped[0][1], mapped[0][0], sizeof(mapped[0][1]));
+    places = 2;
+}
+
 /* As the guest's balloon and faults.c's discard_range(): QEMU punches, then the event is read. */
 static void discard(void)
 {
@@ -555,6 +735,10 @@ static void discard(void)
          tries < 8 && mf_page_state_of(dest_state[region][page]) != MF_PAGE_LANDING; tries++)
         any_page(&region, &page);
     const struct mf_region *r = &dest.region[region];
+    if (is_private(region)) {
+        discard_private(page);
+        return;
+    }
     TRACE("  discard %u:%llu\n", region, (unsigned long long)page);
     punch_file(r, page);
     memset(expected[region] + page * r->page_bytes, 0, r->page_bytes);
@@ -577,6 +761,8 @@ static void fault_thread(void)
 {
     if (guest_runs_there && may_discard && below(depth ? 4 : 60) == 0)
         discard();
+    else if (guest_runs_there && private_kind && may_fork && below(100) == 0)
+        fork_it();
     else if (fault_count && below(2))
         serve_fault();
     else
@@ -736,6 +922,7 @@ static void restart_destination(void)
     memset(&table, 0, sizeof(table));
     memset(waiting, 0, sizeof(waiting)); /* one wake over everything */
     fault_count = 0;
+    memset((void *)&dest.gate, 0, sizeof(dest.gate));
 }
 
 /* What had been sent may still arrive, in part. Then nothing of it does. */
@@ -756,7 +943,7 @@ static void lose_link(bool source_died, bool dest_died)
         if (below(4) == 0)
             source.pagemap_fd = -1; /* its VM is gone, the successor gets none */
     }
-    source_vm_gone |= below(6) == 0;
+    source_vm_gone |= !private_kind && below(6) == 0; /* private memory would go with it */
     make_senders();
     fill_missing();
     streams = 1 + below(STREAMS_MOST);
@@ -778,6 +965,9 @@ static void freeze(void)
             else
                 memcpy(expected[r] + at, guest_memory[r] + at, source.region[r].page_bytes);
         }
+    if (private_kind)
+        for (unsigned m = 0; m < MAPS; m++)
+            memcpy(private_expected[m], expected[0], source.region[0].size_bytes);
     begin_pass();
     fill_missing(); /* the hello's list: nothing is confirmed */
     pass = 1;
@@ -839,7 +1029,7 @@ static void nobody_waits(void)
 
 static void settle(void)
 {
-    may_discard = may_crash = false;
+    may_discard = may_crash = may_fork = false;
     /* Late frames, with the guest at work; then all that is left, without it. */
     for (unsigned n = below(400); n > 0; n--)
         somebody_else();
@@ -904,6 +1094,15 @@ static void set_up(void)
     phase = ROUNDS;
     for (unsigned i = 0; i <= STREAMS_MOST; i++)
         queue[i].have = queue[i].taken = 0;
+    private_kind = below(3) == 0;
+    places = 1;
+    may_fork = below(2);
+    memset(zeros_there, 0, sizeof(zeros_there));
+    memset((void *)&dest.gate, 0, sizeof(dest.gate));
+    source.private_memory = dest.private_memory = private_kind;
+    source.populated_fd = private_kind ? 3 : -1;
+    source.region[0].kind = dest.region[0].kind =
+        private_kind ? MF_MEMORY_PRIVATE : MF_MEMORY_TMPFS;
     set_up_region(0, 1 + below(SMALL_MOST));
     set_up_region(1, below(3) ? 0 : 1 + below(HUGE_MOST));
     for (uint32_t r = 0; r < REGIONS; r++)
@@ -912,6 +1111,8 @@ static void set_up(void)
                                                          .length_bytes = dest.region[r].size_bytes,
                                                          .region = r};
     unsigned count = dest.region[1].pages ? REGIONS * MAPS : MAPS;
+    if (private_kind) /* its second place comes by a fork */
+        memmove(&mappings[1], &mappings[2], sizeof(mappings[0]) * (--count - 1));
     mf_layout_set(&source.layout, mappings, count);
     mf_layout_set(&dest.layout, mappings, count);
     atomic_store(&dest_figures.missing_pages, dest.region[0].pages + dest.region[1].pages);
@@ -981,6 +1182,10 @@ static void make_file(struct mf_region *source_region, struct mf_region *dest_re
     guest_memory[index] =
         mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, source_region->fd, 0);
     expected[index] = malloc(bytes);
+    for (unsigned m = 0; index == 0 && m < MAPS; m++) {
+        private_memory[m] = malloc(bytes);
+        private_expected[m] = malloc(bytes);
+    }
 }
 
 static uint64_t from_environment(const char *name, uint64_t otherwise)
@@ -1011,6 +1216,10 @@ int main(void)
         run();
     for (uint32_t r = 0; r < REGIONS; r++)
         free(expected[r]);
+    for (unsigned m = 0; m < MAPS; m++) {
+        free(private_memory[m]);
+        free(private_expected[m]);
+    }
     for (unsigned i = 0; i <= STREAMS_MOST; i++) {
         free(sender[i]);
         free(queue[i].bytes);

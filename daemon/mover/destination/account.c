@@ -74,7 +74,8 @@ struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg)
                                            .layout = &mover->layout,
                                            .context_fd = mover->context_fd,
                                            .on_event = on_event,
-                                           .arg = arg},
+                                           .arg = arg,
+                                           .gate = mover->private_memory ? &mover->gate : NULL},
                               .pages = mover->view.pages,
                               .ops = &ops,
                               .arg = mover};

@@ -291,8 +291,19 @@ static void fault(void *argument, const struct mf_fault *fault, uint32_t region,
 {
     struct fault_thread *t = argument;
     struct mover *mover = t->mover;
+    if (region == MF_REGION_ZEROS) {
+        mf_resolve_zeros(&t->lander.resolver, fault->context, fault->addr);
+        return;
+    }
     const struct mf_pages *states = &mover->view.pages[region];
     uint8_t byte = mf_page_load(states, page);
+    if (mover->region[region].kind == MF_MEMORY_PRIVATE && mf_page_resolvable(byte) &&
+        (byte & MF_PAGE_PLACED)) {
+        /* It has the page: this fault is older than that. Zeros would be wrong, whatever happens.
+         */
+        mf_resolve_wake(&t->lander.resolver, region, page);
+        return;
+    }
     if (!mf_page_resolvable(byte)) {
         if (byte & MF_PAGE_FAULTED)
             return; /* somebody waits for it already; one ioctl will wake them all */
@@ -440,6 +451,7 @@ int faults_start(struct mover *mover)
     t->events.layout = &mover->layout;
     t->events.region = mover->region;
     t->events.context_fd = mover->context_fd;
+    t->events.gate = mover->private_memory ? &mover->gate : NULL;
     t->in = aligned_alloc(4096, LEAD + MF_FRAME_DATA_MAX_BYTES + 4096);
     t->kick_fd = eventfd(0, EFD_CLOEXEC);
     if (!t->in || t->kick_fd < 0 || sem_init(&t->done, 0, 0) != 0)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-#include "daemon/mover/source/sender.h"
+#include "daemon/mover/source/private.h"
 
 #include <errno.h>
 #include <string.h>
@@ -23,7 +23,7 @@ void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ri
     sender->fd = fd;
     sender->round = sender->paced = false;
     sender->frames = sender->iovecs = 0;
-    sender->batch_bytes = 0;
+    sender->batch_bytes = sender->room_used = 0;
 }
 
 int sender_flush(struct sender *s)
@@ -72,6 +72,11 @@ static void count(_Atomic uint64_t *figure, uint64_t pages)
     atomic_fetch_add_explicit(figure, pages, memory_order_relaxed);
 }
 
+static const uint8_t *bytes_of(const struct sender *s, const struct mf_region *r, uint64_t page)
+{
+    return r->kind == MF_MEMORY_PRIVATE ? private_page(s, page) : r->map + page * r->page_bytes;
+}
+
 static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uint32_t region,
                    uint64_t first, uint64_t pages)
 {
@@ -84,7 +89,7 @@ static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uin
                                         .first_page = first,
                                         .pages = pages,
                                         .length_bytes = data ? pages * r->page_bytes : 0},
-                     data ? r->map + first * r->page_bytes : NULL);
+                     data ? bytes_of(s, r, first) : NULL);
 }
 
 /* An answer for a run of pages, for good: RAM is frozen. How many of them are new decides the
@@ -112,7 +117,7 @@ static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint
 static bool reads_as_zeros(struct sender *s, const struct mf_region *r, uint64_t page)
 {
     if (r->kind != MF_MEMORY_HUGETLB)
-        return mf_is_zero(r->map + page * r->page_bytes, r->page_bytes);
+        return mf_is_zero(bytes_of(s, r, page), r->page_bytes);
     for (uint64_t at = 0; at < r->page_bytes; at += sizeof(s->look)) {
         ssize_t n = pread(r->fd, s->look, sizeof(s->look), (off_t)(page * r->page_bytes + at));
         if (n != (ssize_t)sizeof(s->look) || !mf_is_zero(s->look, sizeof(s->look)))
@@ -184,7 +189,7 @@ static uint64_t longest_run(const struct mf_region *r)
 /* One call instead of a fault for every sixteenth page; a failure only means those faults. */
 static void populate(const struct mf_region *r, uint64_t first, uint64_t end)
 {
-    if (end - first > 16 && r->kind != MF_MEMORY_HUGETLB)
+    if (end - first > 16 && r->kind == MF_MEMORY_TMPFS)
         madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
 }
 
@@ -196,6 +201,11 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
     const struct mf_pages *states = &s->mover->view.pages[region];
     uint64_t page = first, run = first;
     enum mf_frame_type type = MF_FRAME_DATA;
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        int error = 0, result = private_fetch(s, region, first, end, &error);
+        if (result < 0 || error < 0)
+            return result < 0 ? result : private_failed(s->mover, region, error);
+    }
     populate(r, first, end);
     while (page < end) {
         const bool sent = mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_SENT;
@@ -229,6 +239,10 @@ static int next_extent(const struct sender *s, const struct mf_region *r, uint64
                        uint64_t end, bool *data, uint64_t *until)
 {
     const bool tracked = s->mover->pagemap_fd >= 0;
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        private_extent(s, page, end, data, until);
+        return 0;
+    }
     for (uint64_t at = page;; at++) {
         if (tracked && at < end && (s->seen[at - s->seen_first] & MF_PAGEMAP_PRESENT))
             continue; /* the VM maps it: no hole */
@@ -250,6 +264,11 @@ int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     const uint64_t end = first + pages;
     uint64_t page = first;
     look_for_writes(s, region, first, pages);
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        int result = private_look(s, region, first, pages);
+        if (result < 0)
+            return result;
+    }
     while (page < end) {
         bool data = false;
         uint64_t until = end;
@@ -311,6 +330,13 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
     if (protect(s, region, first, end - first) < 0)
         return take_back(s, region, first, end - first,
                          0); /* can't be followed: sent after RELEASE */
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        int error = 0, result = private_fetch(s, region, first, end, &error);
+        if (result < 0)
+            return result;
+        if (error < 0) /* unmapped meanwhile, or it can't be read: that is for later */
+            return take_back(s, region, first, end - first, 0);
+    }
     populate(r, first, end);
     count(&s->mover->figures->round_pages, end - first);
     for (uint64_t page = first; page < end;) {
@@ -346,6 +372,11 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     }
     if (!any)
         return 0;
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        int result = private_look(s, region, first, pages);
+        if (result < 0)
+            return result;
+    }
     for (uint64_t page = first; page < end;) {
         bool data = false;
         uint64_t until = end;

@@ -20,6 +20,8 @@
 #define SENDER_BATCH_BYTES                                                                         \
     (256u * 1024u) /**< sent in one go; bounds what an urgent answer waits behind */
 
+#define SENDER_ROOM_BYTES (2 * SENDER_BATCH_BYTES) /**< for bytes of private memory */
+
 struct sender {
     struct mover *mover;
     struct io_uring *ring;
@@ -34,6 +36,12 @@ struct sender {
     uint8_t seen[SENDER_CHUNK_PAGES]; /**< MF_PAGEMAP_… of the pages looked at now, from seen_first
                                          on */
     uint8_t look[65536] __attribute__((aligned(64))); /**< a piece of a huge page */
+    /* Private memory (private.h): what is held of the pages looked at now, and bytes that were read
+     * and may not have left yet. */
+    uint64_t private_page_bytes, held_first, fetched_first, room_used;
+    const uint8_t *fetched;
+    uint8_t held[SENDER_CHUNK_PAGES];
+    uint8_t room[SENDER_ROOM_BYTES] __attribute__((aligned(64)));
     uint8_t header[SENDER_FRAMES][MF_FRAME_HEADER_BYTES];
     struct iovec iov[2 * SENDER_FRAMES];
 };
