@@ -70,9 +70,10 @@ struct session {
     struct mf_region_source region[MF_REGIONS_MAX];
     unsigned region_count;
     uint64_t ram_bytes, total_pages;
-    int pagemap_fd;  /**< source: -1 if writes are not tracked */
-    int uffd;        /**< our duplicate; -1 at a source that does not track writes */
-    int remote_uffd; /**< its number inside the target (I2), -1: none */
+    int pagemap_fd;   /**< source: -1 if writes are not tracked */
+    int populated_fd; /**< source with private memory: /proc/PID/pagemap, else -1 */
+    int uffd;         /**< our duplicate; -1 at a source that does not track writes */
+    int remote_uffd;  /**< its number inside the target (I2), -1: none */
 
     /* The mover and the session file. */
     int file_fd;

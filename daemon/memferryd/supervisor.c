@@ -198,6 +198,29 @@ static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, in
     _exit(127);
 }
 
+/* At the source a page of private memory is what lies at its place, whatever is mapped there: the
+ * whole range, also where nothing is, and also when the process is gone (which the mover must not
+ * take for memory that holds nothing). */
+static int private_ranges(const struct session *session, struct mf_mapping *mappings, int count,
+                          struct mf_error *err)
+{
+    int kept = 0;
+    for (int i = 0; i < count; i++)
+        if (session->region[mappings[i].region].kind != MF_MEMORY_PRIVATE)
+            mappings[kept++] = mappings[i];
+    for (unsigned i = 0; i < session->region_count; i++) {
+        const struct mf_region_source *region = &session->region[i];
+        if (region->kind != MF_MEMORY_PRIVATE)
+            continue;
+        if (kept == MF_MAPPINGS_MAX)
+            return mf_fail(err, E2BIG, "%s maps its memory in more than %d pieces", session->name,
+                           MF_MAPPINGS_MAX);
+        mappings[kept++] = (struct mf_mapping){
+            .start_addr = region->start_addr, .length_bytes = region->size_bytes, .region = i};
+    }
+    return kept;
+}
+
 static int hand_over(struct session *session, int sock, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -207,6 +230,12 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         mapping_count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
         if (mapping_count < 0 && session->role == MF_SOURCE)
             mapping_count = 0; /* the VM is going: everything counts as written */
+        if (mapping_count < 0)
+            return mapping_count;
+    }
+    const bool read_private = session->populated_fd >= 0;
+    if (read_private) {
+        mapping_count = private_ranges(session, mappings, mapping_count, err);
         if (mapping_count < 0)
             return mapping_count;
     }
@@ -232,6 +261,8 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
     if (r == 0 && session->pagemap_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
+    if (r == 0 && read_private)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_POPULATED}, session->populated_fd);
     for (int i = 0; r == 0 && i < mapping_count; i++)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPPING, .mapping = mappings[i]}, -1);
     if (r == 0)

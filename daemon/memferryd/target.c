@@ -112,6 +112,38 @@ int target_mappings(struct session *session, struct mf_mapping *out, unsigned ma
     return mf_target_mappings(vmas, count, session->region, session->region_count, out, max, err);
 }
 
+/* Private memory can't be emptied from outside: the target is made to give up what it holds there,
+ * then watched; and what it has touched in between is in use. */
+static int arm_private(struct session *session, const struct mf_mapping *mapping,
+                       struct mf_error *err)
+{
+    const struct mf_region_source *region = &session->region[mapping->region];
+    const uint64_t page_bytes = region->page_bytes, chunk_bytes = 512 * page_bytes;
+    uint8_t held[512];
+    int r = mf_inject_discard(session->pid, session->pidfd, mapping->start_addr,
+                              mapping->length_bytes, err);
+    if (r == 0)
+        r = mf_uffd_register_private(session->uffd, mapping->start_addr, mapping->length_bytes,
+                                     err);
+    cleanup_close int pagemap = r == 0 ? mf_pagemap_open((int)session->pid, err) : -1;
+    if (r == 0 && pagemap < 0)
+        r = pagemap;
+    for (uint64_t at = 0; r == 0 && at < mapping->length_bytes; at += chunk_bytes) {
+        uint64_t left = mapping->length_bytes - at;
+        uint64_t length_bytes = left < chunk_bytes ? left : chunk_bytes;
+        r = mf_pagemap_populated(pagemap, mapping->start_addr + at, length_bytes, page_bytes, held);
+        if (r < 0)
+            r = mf_fail(err, -r, "cannot look at the memory '%s' of %s: %s", region->name,
+                        session->name, strerror(-r));
+        else if (memchr(held, MF_PAGEMAP_PRESENT, length_bytes / page_bytes))
+            r = mf_fail(err, EBUSY,
+                        "the process of %s uses its memory '%s' while it should wait for it: have "
+                        "it leave that alone until its state is loaded",
+                        session->name, region->name);
+    }
+    return r;
+}
+
 static int arm(struct session *session, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -129,7 +161,10 @@ static int arm(struct session *session, struct mf_error *err)
             features |= UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
     int r = mf_uffd_api(session->uffd, features, MF_UFFD_FEATURES_WANTED, &enabled, err);
     for (int i = 0; r == 0 && i < count; i++)
-        r = mf_uffd_register(session->uffd, mappings[i].start_addr, mappings[i].length_bytes, err);
+        r = session->region[mappings[i].region].kind == MF_MEMORY_PRIVATE
+                ? arm_private(session, &mappings[i], err)
+                : mf_uffd_register(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
+                                   err);
     return r;
 }
 
@@ -165,6 +200,14 @@ int target_track(struct session *session, struct mf_error *err)
     return r;
 }
 
+static bool has_private(const struct session *session)
+{
+    for (unsigned i = 0; i < session->region_count; i++)
+        if (session->region[i].kind == MF_MEMORY_PRIVATE)
+            return true;
+    return false;
+}
+
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
     cleanup_free struct mf_vma *vmas = NULL;
@@ -179,6 +222,12 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
         r = refuse_unseen_writers(session, err);
     if (r == 0 && session->role == MF_DESTINATION)
         r = arm(session, err);
+    if (r == 0 && session->role == MF_SOURCE && has_private(session)) {
+        /* Kept for later movers: of a process that is gone nothing can be opened any more, and it
+         * must not look like one that holds nothing. */
+        session->populated_fd = mf_pagemap_open((int)session->pid, err);
+        r = session->populated_fd < 0 ? session->populated_fd : 0;
+    }
     return r;
 }
 
@@ -238,6 +287,9 @@ void target_let_go(struct session *session)
     if (session->pidfd >= 0)
         close(session->pidfd);
     session->pidfd = -1;
+    if (session->populated_fd >= 0)
+        close(session->populated_fd);
+    session->populated_fd = -1;
     for (unsigned i = 0; i < session->region_count; i++)
         close(session->region[i].fd);
     session->region_count = 0;
