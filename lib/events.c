@@ -9,22 +9,147 @@
 #include "lib/uapi.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
+#include "lib/vma.h"
 
 #define MESSAGES_A_READ 64u
+/* Looked at twice and different each time: somebody changes it faster than that. */
+#define LOOKS_MAX 8u
 
-static void let_fault_again(const struct mf_events *events, uint32_t context, uint64_t addr)
+static int uffd_of(const struct mf_events *events, uint32_t context)
 {
-    mf_uffd_wake(events->context_fd[context], addr & ~UINT64_C(4095), 4096);
+    return mf_context_uffd(events->contexts, context);
 }
+
+static void let_fault_again(const struct mf_events *events, const struct mf_fault *fault)
+{
+    mf_uffd_wake(uffd_of(events, fault->context), fault->addr & ~UINT64_C(4095), 4096);
+}
+
+/* ---- learning ---- */
+
+/* Whoever waits there is known to nobody any more. */
+static void wake_dropped(const struct mf_events *events, const struct mf_range *dropped,
+                         unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        mf_uffd_wake(uffd_of(events, dropped[i].context), dropped[i].start_addr,
+                     dropped[i].length_bytes);
+}
+
+static int region_of(const struct mf_events *events, const struct mf_vma *vma)
+{
+    for (unsigned i = 0; i < events->region_count; i++) {
+        const struct mf_region *region = &events->region[i];
+        if (vma->shared && region->kind != MF_MEMORY_PRIVATE && vma->inode != 0 &&
+            vma->inode == region->inode && vma->device == region->device &&
+            vma->offset_bytes < region->size_bytes)
+            return (int)i;
+    }
+    return -1;
+}
+
+static bool same(const struct mf_vma *a, const struct mf_vma *b)
+{
+    return a->start_addr == b->start_addr && a->end_addr == b->end_addr &&
+           a->offset_bytes == b->offset_bytes && a->inode == b->inode && a->device == b->device &&
+           a->shared == b->shared;
+}
+
+/* The mapping at @addr or the next behind it. Return: 1 with where it ends, 0 if there is none
+ * below @end, or -errno. The gate is closed. */
+static int learn_one(struct mf_events *events, uint32_t context, uint64_t addr, uint64_t end,
+                     uint64_t *next)
+{
+    const struct mf_context *from = mf_context_at(events->contexts, context);
+    struct mf_vma vma, again;
+    struct mf_error err;
+    if (!from || from->maps_fd < 0)
+        return -EBADF;
+    int r = mf_vma_find(from->maps_fd, addr, &vma);
+    for (unsigned looks = 0; r == 0 && looks < LOOKS_MAX; looks++) {
+        if (vma.start_addr >= end)
+            return 0;
+        *next = vma.end_addr;
+        const int region = region_of(events, &vma);
+        if (region < 0)
+            return 1;
+        const uint64_t vma_bytes = vma.end_addr - vma.start_addr;
+        r = mf_uffd_register(from->uffd, vma.start_addr, vma_bytes, &err);
+        if (r == -EBUSY) /* of another context of this target, which is asked for itself */
+            return 1;
+        if (r < 0 && r != -EINVAL)
+            return r;
+        int looked = mf_vma_find(from->maps_fd, addr, &again);
+        if (looked < 0)
+            return looked;
+        if (r == 0 && same(&vma, &again)) {
+            const uint64_t room = events->region[region].size_bytes - vma.offset_bytes;
+            struct mf_range dropped[2];
+            struct mf_mapping mapping = {.start_addr = vma.start_addr,
+                                         .length_bytes = vma_bytes < room ? vma_bytes : room,
+                                         .offset_bytes = vma.offset_bytes,
+                                         .region = (uint32_t)region,
+                                         .context = context};
+            wake_dropped(events, dropped, mf_layout_learn(events->layout, &mapping, dropped));
+            return 1;
+        }
+        /* What is there now may be none of ours; then it must not stay registered. */
+        if (r == 0 && region_of(events, &again) < 0)
+            mf_uffd_unregister(from->uffd, vma.start_addr, vma_bytes);
+        vma = again;
+        r = 0;
+    }
+    return r == -ENOENT ? 0 : r < 0 ? r : -EAGAIN;
+}
+
+static int learn(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+{
+    int r = 1;
+    for (uint64_t at = start; r > 0 && at < end;) {
+        uint64_t next = 0;
+        r = learn_one(events, context, at, end, &next);
+        at = next;
+    }
+    return r < 0 ? r : 0;
+}
+
+int mf_events_learn(struct mf_events *events, uint32_t context, uint64_t start_addr,
+                    uint64_t end_addr)
+{
+    mf_gate_close(events->gate);
+    int r = learn(events, context, start_addr, end_addr);
+    mf_gate_open(events->gate);
+    return r;
+}
+
+static void open_maps(struct mf_events *events, const struct mf_fault *fault)
+{
+    struct mf_context *context = mf_context_at(events->contexts, fault->context);
+    if (!context || context->maps_fd >= 0 || !events->ops->maps)
+        return;
+    int fd = events->ops->maps(events->arg, fault->context, fault->tid, fault->addr);
+    if (fd >= 0)
+        context->maps_fd = fd;
+    else
+        context->maps_tries++;
+}
+
+/* ---- faults ---- */
 
 static void serve(struct mf_events *events, const struct mf_fault *fault)
 {
     struct mf_mapping mapping;
-    if (!mf_layout_find(events->layout, fault->context, fault->addr, &mapping)) {
+    bool found = mf_layout_find(events->layout, fault->context, fault->addr, &mapping);
+    if (!found) {
+        open_maps(events, fault);
+        found = mf_events_learn(events, fault->context, fault->addr, fault->addr + 1) == 0 &&
+                mf_layout_find(events->layout, fault->context, fault->addr, &mapping);
+    }
+    if (!found) {
         if (events->parked_count < MF_PARKED_ROOM)
             events->parked[events->parked_count++] = *fault;
         else
-            let_fault_again(events, fault->context, fault->addr);
+            let_fault_again(events, fault);
         return;
     }
     if (mapping.region == MF_REGION_ZEROS) {
@@ -36,129 +161,204 @@ static void serve(struct mf_events *events, const struct mf_fault *fault)
                            events->region[mapping.region].page_bytes);
 }
 
-/* Is a part of a private region's pages mapped by anybody beside @except? Then each has or misses
- * pages of its own, and what one discards the other keeps. */
-static bool mapped_elsewhere(const struct mf_mapping *mappings, unsigned count,
-                             const struct mf_mapping *except, uint64_t offset_bytes,
-                             uint64_t length_bytes)
+/* ---- events; the gate is closed ---- */
+
+static bool is_private(const struct mf_events *events, const struct mf_mapping *mapping)
 {
-    for (unsigned i = 0; i < count; i++) {
-        const struct mf_mapping *m = &mappings[i];
-        if (m != except && m->region == except->region &&
-            m->offset_bytes < offset_bytes + length_bytes &&
-            offset_bytes < m->offset_bytes + m->length_bytes)
-            return true;
-    }
-    return false;
+    return mapping->region == MF_REGION_ZEROS ||
+           events->region[mapping->region].kind == MF_MEMORY_PRIVATE;
 }
 
-static int discard_range(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+static void no_room(void)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned count = mf_layout_get(events->layout, mappings, MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < count; i++) {
-        const struct mf_mapping *m = &mappings[i];
-        const uint64_t mapped_end = m->start_addr + m->length_bytes;
-        if (m->context != context || m->region == MF_REGION_ZEROS || mapped_end <= start ||
-            m->start_addr >= end)
-            continue;
-        const uint64_t page_bytes = events->region[m->region].page_bytes;
-        const uint64_t from = start > m->start_addr ? start : m->start_addr;
-        const uint64_t to = end < mapped_end ? end : mapped_end;
-        const uint64_t offset_bytes = from - m->start_addr + m->offset_bytes;
-        if (events->region[m->region].kind == MF_MEMORY_PRIVATE &&
-            mapped_elsewhere(mappings, count, m, offset_bytes, to - from)) {
-            int r = mf_layout_zeros(events->layout, context, m->region, from, to);
-            if (r < 0)
-                return r;
-            continue;
-        }
-        const uint64_t first = offset_bytes / page_bytes;
-        const uint64_t last = (to - 1 - m->start_addr + m->offset_bytes) / page_bytes;
-        events->ops->discard(events->arg, m->region, first, last + 1 - first);
-    }
-    return 0;
+    mf_log(MF_LOG_ERR,
+           "a target maps its private memory in more than %u pieces: part of it is not "
+           "served any more",
+           MF_LAYOUT_MAX);
+}
+
+/* Is a part of a private region's pages mapped by anybody beside @except? Then each has or misses
+ * pages of its own, and what one discards the other keeps. */
+static bool mapped_elsewhere(const struct mf_events *events, const struct mf_mapping *except,
+                             uint64_t offset_bytes, uint64_t length_bytes)
+{
+    struct mf_range range;
+    uint32_t cursor = 0;
+    while (
+        mf_layout_next(events->layout, except->region, offset_bytes, length_bytes, &cursor, &range))
+        if (range.context != except->context ||
+            range.start_addr - range.offset_bytes != except->start_addr - except->offset_bytes)
+            return true;
+    return false;
 }
 
 /* The pages of private memory went along: what stays mapped at the old place (MREMAP_DONTUNMAP;
  * else an UNMAP follows) reads as zeros. */
-static int leave_zeros(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+static void leave_zeros(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned count = mf_layout_get(events->layout, mappings, MF_MAPPINGS_MAX);
-    int r = 0;
-    for (unsigned i = 0; r == 0 && i < count; i++) {
-        const uint32_t region = mappings[i].region;
-        if (mappings[i].context == context && region != MF_REGION_ZEROS &&
-            events->region[region].kind == MF_MEMORY_PRIVATE && mappings[i].start_addr < end &&
-            mappings[i].start_addr + mappings[i].length_bytes > start)
-            r = mf_layout_zeros(events->layout, context, region, start, end);
+    struct mf_mapping m;
+    for (uint64_t at = start;
+         mf_layout_from(events->layout, context, at, &m) && m.start_addr < end;) {
+        at = m.start_addr + m.length_bytes;
+        if (m.region != MF_REGION_ZEROS && is_private(events, &m) &&
+            mf_layout_zeros(events->layout, context, m.region, start, end) < 0)
+            no_room();
     }
-    return r;
 }
 
-static int apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+/* @files: not only of private memory, which has nowhere to keep what it discards. */
+static void discard_range(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end,
+                          bool files)
 {
-    const int uffd = events->context_fd[context];
+    /* The event is sent for each mapping by itself, before anything is done to it. */
+    if (files && !mf_layout_covers(events->layout, context, start, end))
+        learn(events, context, start, end);
+    struct mf_mapping m;
+    for (uint64_t at = start; mf_layout_from(events->layout, context, at, &m);) {
+        if (m.start_addr > at)
+            at = m.start_addr;
+        if (at >= end)
+            return;
+        const uint64_t mapped_end = m.start_addr + m.length_bytes;
+        const uint64_t to = end < mapped_end ? end : mapped_end;
+        const uint64_t offset_bytes = at - m.start_addr + m.offset_bytes;
+        if (m.region == MF_REGION_ZEROS || (!files && !is_private(events, &m))) {
+            /* stays as it is */
+        } else if (is_private(events, &m) && mapped_elsewhere(events, &m, offset_bytes, to - at)) {
+            if (mf_layout_zeros(events->layout, context, m.region, at, to) < 0)
+                no_room();
+        } else {
+            const uint64_t page_bytes = events->region[m.region].page_bytes;
+            const uint64_t first = offset_bytes / page_bytes;
+            const uint64_t last = (to - 1 - m.start_addr + m.offset_bytes) / page_bytes;
+            events->ops->discard(events->arg, m.region, first, last + 1 - first);
+        }
+        at = to;
+    }
+}
+
+static void remapped(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+{
+    const uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
+    uint64_t length_bytes = message->arg.remap.len;
+    struct mf_mapping mapping;
+    /* Memory without a file can't be known again at its new place. */
+    if (mf_layout_find(events->layout, context, from, &mapping) && is_private(events, &mapping)) {
+        if (mf_layout_remap(events->layout, context, from, to, length_bytes) < 0)
+            no_room();
+        leave_zeros(events, context, from, from + length_bytes);
+        return;
+    }
+    /* An old length of 0 makes a second mapping of the same. */
+    learn(events, context, to, to + (length_bytes ? length_bytes : 1));
+}
+
+/* Private memory has no file to know it by. The child has what the parent had when it forked. */
+static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t child)
+{
+    struct mf_mapping m;
+    for (uint64_t at = 0; mf_layout_from(events->layout, parent, at, &m);) {
+        struct mf_range dropped[2];
+        at = m.start_addr + m.length_bytes;
+        if (!is_private(events, &m))
+            continue;
+        m.context = child;
+        if (mf_layout_learn(events->layout, &m, dropped) > 0)
+            no_room();
+    }
+}
+
+static void forked(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+{
+    const int uffd = (int)message->arg.fork.ufd;
+    const int index = mf_contexts_add(events->contexts, uffd, -1, true);
+    if (index < 0) {
+        /* Closing it would let the child read zeros, so it stays open, and the child waits. */
+        mf_log(MF_LOG_ERR, "no room to follow a process that was forked: it will wait for ever");
+        return;
+    }
+    inherit_private(events, context, (uint32_t)index);
+    if (events->ops->forked)
+        events->ops->forked(events->arg, context, (uint32_t)index);
+}
+
+static void apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+{
+    const int uffd = uffd_of(events, context);
     const uint64_t start = message->arg.remove.start, end = message->arg.remove.end;
-    int r = 0;
+    struct mf_range dropped[1];
     switch (message->event) {
     case UFFD_EVENT_REMOVE:
-        /* DONTNEED or REMOVE: with QEMU either ends its ram_block_discard_range(), which has
-         * punched the file before, silently. So the range is discarded either way. */
-        r = discard_range(events, context, start, end);
+        discard_range(events, context, start, end,
+                      !events->ops->removed || events->ops->removed(events->arg, context, start,
+                                                                    end) == MF_REMOVED_PAGES);
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_UNMAP:
-        r = mf_layout_unmap(events->layout, context, start, end);
+        wake_dropped(events, dropped,
+                     mf_layout_unmap(events->layout, context, start, end, dropped));
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_REMAP:
-        r = mf_layout_remap(events->layout, context, message->arg.remap.from, message->arg.remap.to,
-                            message->arg.remap.len);
-        if (r == 0)
-            r = leave_zeros(events, context, message->arg.remap.from,
-                            message->arg.remap.from + message->arg.remap.len);
+        remapped(events, context, message);
+        break;
+    case UFFD_EVENT_FORK:
+        forked(events, context, message);
         break;
     default:
         mf_log(MF_LOG_WARNING, "a userfaultfd message of unknown kind %#x", message->event);
     }
-    return r;
 }
 
+static void queue_fault(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+{
+    const struct mf_fault fault = {.addr = message->arg.pagefault.address,
+                                   .since_ns = mf_now_ns(),
+                                   .context = context,
+                                   .tid = (pid_t)message->arg.pagefault.feat.ptid};
+    if (events->fault_count < MF_FAULTS_ROOM)
+        events->fault[events->fault_count++] = fault;
+    else /* events must be read whatever happens */
+        let_fault_again(events, &fault);
+}
+
+/* The gate is closed. */
 static int read_all(struct mf_events *events, uint32_t context)
 {
     struct uffd_msg messages[MESSAGES_A_READ];
+    unsigned observed = 0;
     int event = 0;
     for (;;) {
-        ssize_t n = read(events->context_fd[context], messages, sizeof(messages));
+        size_t room = sizeof(messages);
+        /* One event at a time if it matters who sent it: who sends the next may not be seen yet. */
+        if (events->ops->observe && mf_uffd_event_pending(uffd_of(events, context)) > 0) {
+            if (observed == 0)
+                observed = events->ops->observe(events->arg, context);
+            room = sizeof(messages[0]);
+        }
+        ssize_t n = read(uffd_of(events, context), messages, room);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN)
             return -errno;
         if (n < (ssize_t)sizeof(messages[0]))
             return event;
-        const uint64_t now_ns = mf_now_ns();
         for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++) {
-            if (messages[i].event != UFFD_EVENT_PAGEFAULT) {
-                int r = apply_event(events, context, &messages[i]);
-                if (r < 0)
-                    return r;
-                event = 1;
+            if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
+                queue_fault(events, context, &messages[i]);
                 continue;
             }
-            const uint64_t addr = messages[i].arg.pagefault.address;
-            if (events->fault_count < MF_FAULTS_ROOM)
-                events->fault[events->fault_count++] =
-                    (struct mf_fault){.addr = addr, .since_ns = now_ns, .context = context};
-            else /* events must be read whatever happens */
-                let_fault_again(events, context, addr);
+            apply_event(events, context, &messages[i]);
+            event = 1;
+            observed -= observed > 0;
         }
     }
 }
 
 int mf_events_read(struct mf_events *events, uint32_t context)
 {
+    if (!mf_context_at(events->contexts, context))
+        return 0;
     mf_gate_close(events->gate);
     int r = read_all(events, context);
     mf_gate_open(events->gate);
@@ -194,6 +394,25 @@ void mf_events_give_up_parked(struct mf_events *events)
 {
     mf_events_serve(events, true);
     for (unsigned i = 0; i < events->parked_count; i++)
-        let_fault_again(events, events->parked[i].context, events->parked[i].addr);
+        let_fault_again(events, &events->parked[i]);
     events->parked_count = 0;
+}
+
+static unsigned keep_others(struct mf_fault *faults, unsigned count, uint32_t context)
+{
+    unsigned kept = 0;
+    for (unsigned i = 0; i < count; i++)
+        if (faults[i].context != context)
+            faults[kept++] = faults[i];
+    return kept;
+}
+
+void mf_events_drop(struct mf_events *events, uint32_t context)
+{
+    mf_gate_close(events->gate);
+    mf_layout_forget(events->layout, context);
+    mf_contexts_drop(events->contexts, context);
+    mf_gate_open(events->gate);
+    events->fault_count = keep_others(events->fault, events->fault_count, context);
+    events->parked_count = keep_others(events->parked, events->parked_count, context);
 }

@@ -2,13 +2,33 @@
 /*
  * What a userfaultfd says: messages read, events applied to the layout, faults handed on.
  *
- * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them; a
- * fault at an address that no mapping covers is parked and tried again after the next event, for
- * read(2) hands out waiting faults before events that explain them. What there is no room for is
- * made to fault again, so nobody is ever left waiting.
+ * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them.
+ * What there is no room for is made to fault again, so nobody is ever left waiting.
  *
- * One thread reads, and it is the layout's one writer. Nothing here allocates, takes a lock or
- * makes a system call beside read(2) and UFFDIO_WAKE.
+ * One thread reads, and it is the one writer of the layout and the contexts; it closes the gate
+ * (lib/gate.h) for as long as it reads. That costs a few dozen nanoseconds a resolving thread, and
+ * a wait for those that are inside: at most one ioctl over a quarter of a MiB.
+ *
+ * What an event means, and how a mapping is learned (lib/layout.h says why so):
+ *
+ *   UNMAP    takes the range out of the layout. So does the one that follows a REMAP, and the one
+ *            before it, if something was mapped at the new place.
+ *   REMAP    is a hint: what is mapped at the new place now is learned, so that pages that come
+ *            later are mapped there without a fault.
+ *   REMOVE   discards pages or does not: see mf_events_ops.removed.
+ *   FORK     brings a context. Nothing is known of what it maps: that is learned as it is touched.
+ *            The parent's layout would not do: what other threads of the parent changed while it
+ *            forked comes in no order, and MADV_DONTFORK is not told.
+ *   a fault  at an address that is not in the layout (a mapping that was moved, that has grown in
+ *            place, of which no event tells, or that a child inherited): it is learned.
+ *
+ * To learn an address: look it up in the process's maps (lib/vma.h); register it, which changes
+ * nothing if it is registered; look again. If it is the same, it was registered when it was looked
+ * at the second time, so that whatever changes it later sends an event, which is read after this.
+ * Until that is read the kernel refuses every fill. So what is learned is true whenever it is used.
+ *
+ * A fault at an address of which nothing can be learned (yet) is parked, tried again after the next
+ * event, and after some milliseconds made to fault again.
  *
  * Reading and serving are two calls because serving may read: a fill that meets EAGAIN can go on
  * only when the events are read (mf_resolver.on_event). What was read meanwhile is served
@@ -18,7 +38,9 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
+#include "lib/context.h"
 #include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
@@ -31,6 +53,13 @@ struct mf_fault {
     uint64_t addr;
     uint64_t since_ns; /**< when its message was read, mf_now_ns() */
     uint32_t context;
+    pid_t tid; /**< of the thread, in its own pid namespace; 0 without UFFD_FEATURE_THREAD_ID */
+};
+
+/** What became of the pages of a REMOVE event's range. */
+enum mf_removed {
+    MF_REMOVED_NOTHING, /**< MADV_DONTNEED of a file's pages: their contents stay */
+    MF_REMOVED_PAGES,   /**< they are gone: they read as zeros, and nothing may come back */
 };
 
 /** struct mf_events_ops - what the owner does. All are called on the reading thread. */
@@ -40,9 +69,21 @@ struct mf_events_ops {
     void (*fault)(void *arg, const struct mf_fault *fault, uint32_t region, uint64_t page);
     /** discard: pages whose contents the target discarded (REMOVE). The event is sent before the
      * pages go, and the target goes on once it was read. From mf_events_read(), so it must not
-     * resolve (that may read events in the middle of a batch of them, and so apply them out of
-     * order): who waits is woken and faults again. */
+     * resolve (the gate is closed, and it may meet an EAGAIN that only reading ends): who waits is
+     * woken and faults again. */
     void (*discard)(void *arg, uint32_t region, uint64_t first, uint64_t pages);
+
+    /** observe: an event of @context waits to be read, and whoever sent it waits in its system
+     * call: the last chance to see in which. NULL: nobody wants to know. Return: how many events
+     * may be read before it must be asked again, at least 1. */
+    unsigned (*observe)(void *arg, uint32_t context);
+    /** removed: what a REMOVE event over [@start_addr, @end_addr) does. NULL: it removes. */
+    enum mf_removed (*removed)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);
+    /** forked: @context is new. May be NULL. */
+    void (*forked)(void *arg, uint32_t parent, uint32_t context);
+    /** maps: open the maps of @context, in which thread @tid waits at @addr. Return: a descriptor,
+     * which this takes over, or -errno. May be NULL. */
+    int (*maps)(void *arg, uint32_t context, pid_t tid, uint64_t addr);
 };
 
 /** struct mf_events - zeroed, then the first group set by its owner. */
@@ -50,9 +91,10 @@ struct mf_events {
     const struct mf_events_ops *ops;
     void *arg;
     struct mf_layout *layout;
+    struct mf_contexts *contexts;
+    struct mf_gate *gate;           /**< NULL: nobody else resolves */
     const struct mf_region *region; /**< all regions, by index */
-    const int *context_fd;          /**< the userfaultfd of each context of the layout */
-    struct mf_gate *gate;           /**< where there are regions of private memory, else NULL */
+    unsigned region_count;
 
     bool serving;
     unsigned fault_count, parked_count;
@@ -63,8 +105,9 @@ struct mf_events {
 /**
  * mf_events_read() - read all that a context's userfaultfd has to say: events take effect now,
  * faults are queued for mf_events_serve().
- * Return: 1 if there was an event, 0 if there was none, -E2BIG when a target maps its memory in
- * more pieces than a layout holds, or -errno of read(2).
+ * Return: 1 if there was an event, 0 if there was none, -EMFILE or -ENFILE when a fork has to wait
+ * because no descriptor is free for it (everything else of that userfaultfd waits as well: give
+ * some back and read again), -ENOMEM likewise, or another -errno of read(2).
  */
 int mf_events_read(struct mf_events *events, uint32_t context);
 
@@ -82,3 +125,13 @@ static inline bool mf_events_parked(const struct mf_events *events)
 /** mf_events_give_up_parked() - try the parked ones once more, and let those that still nothing
  * explains fault again. */
 void mf_events_give_up_parked(struct mf_events *events);
+
+/** mf_events_learn() - what is mapped in [@start_addr, @end_addr) of @context, as far as it is of a
+ * region. Needs its maps_fd. Not from within mf_events_ops. Return: 0, or -errno: what was learned
+ * until then is known. */
+int mf_events_learn(struct mf_events *events, uint32_t context, uint64_t start_addr,
+                    uint64_t end_addr);
+
+/** mf_events_drop() - a context is at its end: forget and close it, and everything about it. Not
+ * while anything else waits on its userfaultfd. */
+void mf_events_drop(struct mf_events *events, uint32_t context);

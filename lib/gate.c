@@ -1,60 +1,72 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/gate.h"
 
-#include <linux/futex.h>
-#include <stddef.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include <errno.h>
 
-enum { OPEN, CLOSED, AWAITED };
-
-static void wait_while(_Atomic uint32_t *word, uint32_t value)
+int mf_gate_init(struct mf_gate *gate)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
-
-static void wake_all(_Atomic uint32_t *word)
-{
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-}
-
-/*
- * All orders are sequentially consistent: a filler counts itself and then looks whether the gate is
- * closed, the reader closes it and then looks whether anybody is counted; one of the two sees the
- * other.
- */
-void mf_gate_enter(struct mf_gate *gate)
-{
-    if (!gate)
-        return;
-    for (;;) {
-        atomic_fetch_add(&gate->filling, 1);
-        if (atomic_load(&gate->closed) == OPEN)
-            return;
-        mf_gate_leave(gate);
-        uint32_t closed = CLOSED;
-        if (atomic_compare_exchange_strong(&gate->closed, &closed, AWAITED) || closed == AWAITED)
-            wait_while(&gate->closed, AWAITED);
+    pthread_mutexattr_t attr;
+    int r = pthread_mutexattr_init(&attr);
+    if (r != 0)
+        return -r;
+    /* Where the kernel can't (CONFIG_FUTEX_PI off), it is an ordinary lock, and a wait may be
+     * longer. */
+    pthread_mutexattr_setprotocol(&attr, PTHREAD_PRIO_INHERIT);
+    r = pthread_mutex_init(&gate->lanes, &attr);
+    for (unsigned i = 0; r == 0 && i < MF_GATE_LANES; i++) {
+        gate->lane[i].gate = gate;
+        gate->lane[i].taken = false;
+        r = pthread_mutex_init(&gate->lane[i].lock, &attr);
     }
+    pthread_mutexattr_destroy(&attr);
+    return -r;
 }
 
-void mf_gate_leave(struct mf_gate *gate)
+void mf_gate_destroy(struct mf_gate *gate)
 {
-    if (gate && atomic_fetch_sub(&gate->filling, 1) == 1 && atomic_load(&gate->closed) != OPEN)
-        wake_all(&gate->filling);
+    for (unsigned i = 0; i < MF_GATE_LANES; i++)
+        pthread_mutex_destroy(&gate->lane[i].lock);
+    pthread_mutex_destroy(&gate->lanes);
+}
+
+struct mf_gate_lane *mf_gate_join(struct mf_gate *gate)
+{
+    struct mf_gate_lane *found = NULL;
+    pthread_mutex_lock(&gate->lanes);
+    for (unsigned i = 0; !found && i < MF_GATE_LANES; i++)
+        if (!gate->lane[i].taken)
+            found = &gate->lane[i];
+    if (found)
+        found->taken = true;
+    pthread_mutex_unlock(&gate->lanes);
+    return found;
+}
+
+void mf_gate_leave(struct mf_gate_lane *lane)
+{
+    if (!lane)
+        return;
+    pthread_mutex_lock(&lane->gate->lanes);
+    lane->taken = false;
+    pthread_mutex_unlock(&lane->gate->lanes);
 }
 
 void mf_gate_close(struct mf_gate *gate)
 {
     if (!gate)
         return;
-    atomic_store(&gate->closed, CLOSED);
-    for (uint32_t filling; (filling = atomic_load(&gate->filling)) != 0;)
-        wait_while(&gate->filling, filling);
+    pthread_mutex_lock(&gate->lanes);
+    for (unsigned i = 0; i < MF_GATE_LANES; i++)
+        if (gate->lane[i].taken)
+            pthread_mutex_lock(&gate->lane[i].lock);
 }
 
 void mf_gate_open(struct mf_gate *gate)
 {
-    if (gate && atomic_exchange(&gate->closed, OPEN) == AWAITED)
-        wake_all(&gate->closed);
+    if (!gate)
+        return;
+    for (unsigned i = 0; i < MF_GATE_LANES; i++)
+        if (gate->lane[i].taken)
+            pthread_mutex_unlock(&gate->lane[i].lock);
+    pthread_mutex_unlock(&gate->lanes);
 }

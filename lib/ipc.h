@@ -4,9 +4,9 @@
  * each with at most one descriptor (SCM_RIGHTS). Both are of one build, so there is no version; but
  * the mover talks to the network, so memferryd checks every field that it uses.
  *
- * Order, memferryd → mover: SETUP, REGION…, CONTEXT…, MAPPING…, GO. The mover then gives up every
- * privilege and answers READY. For each link: LINK, its CONNECTIONs in any order (and DEVICE on the
- * first link), after which the hellos run. UNLINK or LINK_LOST end a link.
+ * Order, memferryd → mover: SETUP, REGION…, CONTEXT… (each with its MAPS), MAPPING…, GO. The mover
+ * then gives up every privilege and answers READY. For each link: LINK, its CONNECTIONs in any
+ * order (and DEVICE on the first link), after which the hellos run. UNLINK or LINK_LOST end a link.
  */
 #pragma once
 
@@ -24,6 +24,7 @@ enum mf_ipc_type {
     MF_IPC_SETUP = 1, /**< with the session file */
     MF_IPC_REGION,    /**< with the RAM file; of private memory: struct mf_region_source, fd */
     MF_IPC_CONTEXT,   /**< with the userfaultfd; a source has one only if writes are tracked */
+    MF_IPC_MAPS,      /**< destination: with the open /proc/PID/maps of a context */
     MF_IPC_PAGEMAP,   /**< source, if writes are tracked: with /proc/PID/pagemap */
     MF_IPC_POPULATED, /**< source with private memory: with /proc/PID/pagemap */
     MF_IPC_MAPPING,   /**< of what the userfaultfd watches, and of private memory in any case */
@@ -71,7 +72,12 @@ struct mf_ipc {
             uint64_t size_bytes;
             uint32_t page_bytes;
             uint32_t kind;
+            uint64_t device, inode; /**< of its file, as /proc/PID/maps has them */
         } region;
+        struct {
+            uint32_t index; /**< MAPS; contexts are numbered in the order of their messages */
+            uint8_t child;  /**< CONTEXT: of a process that the target has forked */
+        } context;
         struct mf_mapping mapping;
         struct {
             uint32_t link, streams;

@@ -31,22 +31,22 @@
 
 /*
  * One look at the layout, one ioctl for each place. Inside the gate.
- * Return: 0; -EAGAIN: again, when the event has been read; -E2BIG: the kernel did not take it
- * whole, page by page then; another -errno: no memory.
+ * Return: 0; -EAGAIN: again, when the event has been read in @context; -E2BIG: the kernel did not
+ * take it whole, page by page then; another -errno: no memory.
  */
 static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64_t first,
-                     uint64_t pages, const uint8_t *from)
+                     uint64_t pages, const uint8_t *from, uint32_t *context)
 {
     const uint64_t page_bytes = resolver->region[region].page_bytes;
-    struct mf_range ranges[MF_MAPPINGS_MAX];
-    const unsigned count = mf_layout_ranges(resolver->layout, region, first * page_bytes,
-                                            pages * page_bytes, ranges, MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < count; i++) {
-        const int uffd = resolver->context_fd[ranges[i].context];
-        const uint8_t *bytes = from + (ranges[i].offset_bytes - first * page_bytes);
+    struct mf_range range;
+    uint32_t cursor = 0;
+    while (mf_layout_next(resolver->layout, region, first * page_bytes, pages * page_bytes, &cursor,
+                          &range)) {
+        const int uffd = mf_context_uffd(resolver->contexts, range.context);
+        const uint8_t *bytes = from + (range.offset_bytes - first * page_bytes);
         uint64_t done_bytes = 0;
-        int r =
-            mf_uffd_copy(uffd, ranges[i].start_addr, bytes, ranges[i].length_bytes, &done_bytes);
+        *context = range.context;
+        int r = mf_uffd_copy(uffd, range.start_addr, bytes, range.length_bytes, &done_bytes);
         if (r == 0 || r == -ESRCH) /* the process is gone */
             continue;
         if (r == -EAGAIN && done_bytes == 0)
@@ -57,7 +57,7 @@ static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64
             return r;
         /* EEXIST: it has the page. ENOENT: it is not mapped there in a way of which no event tells
          * (MADV_DONTFORK); who waits, if anybody does, must not wait for ever. */
-        mf_uffd_wake(uffd, ranges[i].start_addr, ranges[i].length_bytes);
+        mf_uffd_wake(uffd, range.start_addr, range.length_bytes);
     }
     return 0;
 }
@@ -79,14 +79,17 @@ static int copy(const struct mf_lander *lander, uint32_t region, uint64_t first,
     unsigned attempt = 0;
     for (uint64_t at = 0; at < pages;) {
         uint64_t n = pages - at < step ? pages - at : step;
-        mf_gate_enter(lander->resolver.gate);
+        uint32_t context = 0;
+        mf_gate_enter(lander->resolver.lane);
         n = until_discarded(&lander->pages[region], first + at, n);
-        int r = n ? copy_once(&lander->resolver, region, first + at, n, from + at * page_bytes) : 0;
-        mf_gate_leave(lander->resolver.gate);
+        int r = n ? copy_once(&lander->resolver, region, first + at, n, from + at * page_bytes,
+                              &context)
+                  : 0;
+        mf_gate_exit(lander->resolver.lane);
         if (r == -E2BIG) {
             step = 1;
         } else if (r == -EAGAIN) {
-            mf_resolve_wait(&lander->resolver, attempt++);
+            mf_resolve_wait(&lander->resolver, context, attempt++);
         } else if (r < 0) {
             return r;
         } else {

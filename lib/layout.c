@@ -52,19 +52,35 @@ static bool read_again(const struct mf_layout *layout, uint32_t sequence)
     return atomic_load_explicit(&layout->sequence, memory_order_relaxed) != sequence;
 }
 
-static void replace(struct mf_layout *layout, const struct mf_mapping *mappings, unsigned count)
+static void write_begin(struct mf_layout *layout)
 {
     uint32_t sequence = atomic_load_explicit(&layout->sequence, memory_order_relaxed);
     atomic_store_explicit(&layout->sequence, sequence + 1, memory_order_relaxed);
-    for (unsigned i = 0; i < count; i++)
-        store_entry(&layout->entry[i], &mappings[i]);
+}
+
+static void write_end(struct mf_layout *layout)
+{
+    uint32_t sequence = atomic_load_explicit(&layout->sequence, memory_order_relaxed);
+    atomic_store_explicit(&layout->sequence, sequence + 1, memory_order_release);
+}
+
+static uint32_t count_of(const struct mf_layout *layout)
+{
+    return atomic_load_explicit(&layout->count, memory_order_relaxed);
+}
+
+static void set_count(struct mf_layout *layout, uint32_t count)
+{
     atomic_store_explicit(&layout->count, count, memory_order_release);
-    atomic_store_explicit(&layout->sequence, sequence + 2, memory_order_release);
 }
 
 void mf_layout_set(struct mf_layout *layout, const struct mf_mapping *mappings, unsigned count)
 {
-    replace(layout, mappings, count);
+    write_begin(layout);
+    for (unsigned i = 0; i < count && i < MF_LAYOUT_MAX; i++)
+        store_entry(&layout->entry[i], &mappings[i]);
+    set_count(layout, count < MF_LAYOUT_MAX ? count : MF_LAYOUT_MAX);
+    write_end(layout);
 }
 
 bool mf_layout_find(const struct mf_layout *layout, uint32_t context, uint64_t addr,
@@ -76,7 +92,7 @@ bool mf_layout_find(const struct mf_layout *layout, uint32_t context, uint64_t a
         sequence = read_begin(layout);
         found = false;
         uint32_t count = atomic_load_explicit(&layout->count, memory_order_acquire);
-        for (uint32_t i = 0; i < count && i < MF_MAPPINGS_MAX && !found; i++) {
+        for (uint32_t i = 0; i < count && i < MF_LAYOUT_MAX && !found; i++) {
             struct mf_mapping m = load_entry(&layout->entry[i]);
             if (m.context == context && addr >= m.start_addr &&
                 addr - m.start_addr < m.length_bytes) {
@@ -86,6 +102,43 @@ bool mf_layout_find(const struct mf_layout *layout, uint32_t context, uint64_t a
         }
     } while (read_again(layout, sequence));
     return found;
+}
+
+bool mf_layout_from(const struct mf_layout *layout, uint32_t context, uint64_t addr,
+                    struct mf_mapping *out)
+{
+    uint32_t sequence;
+    bool found;
+    do {
+        sequence = read_begin(layout);
+        found = false;
+        uint32_t count = atomic_load_explicit(&layout->count, memory_order_acquire);
+        for (uint32_t i = 0; i < count && i < MF_LAYOUT_MAX; i++) {
+            struct mf_mapping m = load_entry(&layout->entry[i]);
+            if (m.context == context && addr < m.start_addr + m.length_bytes &&
+                (!found || m.start_addr < out->start_addr)) {
+                *out = m;
+                found = true;
+            }
+        }
+    } while (read_again(layout, sequence));
+    return found;
+}
+
+/* The part of [@offset_bytes, @end_bytes) that @m maps, if any. */
+static bool part_of(const struct mf_mapping *m, uint32_t region, uint64_t offset_bytes,
+                    uint64_t end_bytes, struct mf_range *out)
+{
+    const uint64_t mapped_end = m->offset_bytes + m->length_bytes;
+    if (m->region != region || m->offset_bytes >= end_bytes || mapped_end <= offset_bytes)
+        return false;
+    const uint64_t from = offset_bytes > m->offset_bytes ? offset_bytes : m->offset_bytes;
+    const uint64_t to = end_bytes < mapped_end ? end_bytes : mapped_end;
+    *out = (struct mf_range){.start_addr = m->start_addr + (from - m->offset_bytes),
+                             .length_bytes = to - from,
+                             .offset_bytes = from,
+                             .context = m->context};
+    return true;
 }
 
 unsigned mf_layout_ranges(const struct mf_layout *layout, uint32_t region, uint64_t offset_bytes,
@@ -98,22 +151,29 @@ unsigned mf_layout_ranges(const struct mf_layout *layout, uint32_t region, uint6
         sequence = read_begin(layout);
         found = 0;
         uint32_t count = atomic_load_explicit(&layout->count, memory_order_acquire);
-        for (uint32_t i = 0; i < count && i < MF_MAPPINGS_MAX; i++) {
+        for (uint32_t i = 0; i < count && i < MF_LAYOUT_MAX; i++) {
+            struct mf_range range;
             struct mf_mapping m = load_entry(&layout->entry[i]);
-            uint64_t mapped_end = m.offset_bytes + m.length_bytes;
-            if (m.region != region || m.offset_bytes >= end_bytes || mapped_end <= offset_bytes)
+            if (!part_of(&m, region, offset_bytes, end_bytes, &range))
                 continue;
-            uint64_t from = offset_bytes > m.offset_bytes ? offset_bytes : m.offset_bytes;
-            uint64_t to = end_bytes < mapped_end ? end_bytes : mapped_end;
             if (found < max)
-                out[found] = (struct mf_range){.start_addr = m.start_addr + (from - m.offset_bytes),
-                                               .length_bytes = to - from,
-                                               .offset_bytes = from,
-                                               .context = m.context};
+                out[found] = range;
             found++;
         }
     } while (read_again(layout, sequence));
     return found;
+}
+
+bool mf_layout_next(const struct mf_layout *layout, uint32_t region, uint64_t offset_bytes,
+                    uint64_t length_bytes, uint32_t *cursor, struct mf_range *out)
+{
+    const uint32_t count = atomic_load_explicit(&layout->count, memory_order_acquire);
+    while (*cursor < count) {
+        struct mf_mapping m = load_entry(&layout->entry[(*cursor)++]);
+        if (part_of(&m, region, offset_bytes, offset_bytes + length_bytes, out))
+            return true;
+    }
+    return false;
 }
 
 unsigned mf_layout_get(const struct mf_layout *layout, struct mf_mapping *out, unsigned max)
@@ -124,105 +184,196 @@ unsigned mf_layout_get(const struct mf_layout *layout, struct mf_mapping *out, u
         sequence = read_begin(layout);
         copied = 0;
         uint32_t count = atomic_load_explicit(&layout->count, memory_order_acquire);
-        for (uint32_t i = 0; i < count && i < MF_MAPPINGS_MAX && copied < max; i++)
+        for (uint32_t i = 0; i < count && i < MF_LAYOUT_MAX && copied < max; i++)
             out[copied++] = load_entry(&layout->entry[i]);
     } while (read_again(layout, sequence));
     return copied;
 }
 
-int mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_addr,
-                    uint64_t end_addr)
+bool mf_layout_covers(const struct mf_layout *layout, uint32_t context, uint64_t start_addr,
+                      uint64_t end_addr)
 {
-    struct mf_mapping next[MF_MAPPINGS_MAX];
-    unsigned count = 0;
-    uint32_t had = atomic_load_explicit(&layout->count, memory_order_relaxed);
-    for (uint32_t i = 0; i < had; i++) {
+    struct mf_mapping m;
+    while (start_addr < end_addr && mf_layout_find(layout, context, start_addr, &m))
+        start_addr = m.start_addr + m.length_bytes;
+    return start_addr >= end_addr;
+}
+
+static void remove_entry(struct mf_layout *layout, uint32_t i)
+{
+    const uint32_t last = count_of(layout) - 1;
+    if (i != last) {
+        struct mf_mapping m = load_entry(&layout->entry[last]);
+        store_entry(&layout->entry[i], &m);
+    }
+    set_count(layout, last);
+}
+
+/* Within a change. */
+static unsigned cut(struct mf_layout *layout, uint32_t context, uint64_t start_addr,
+                    uint64_t end_addr, struct mf_range *dropped)
+{
+    unsigned dropped_count = 0;
+    for (uint32_t i = 0; i < count_of(layout);) {
         struct mf_mapping m = load_entry(&layout->entry[i]);
-        uint64_t mapped_end = m.start_addr + m.length_bytes;
+        const uint64_t mapped_end = m.start_addr + m.length_bytes;
         if (m.context != context || mapped_end <= start_addr || m.start_addr >= end_addr) {
-            if (count == MF_MAPPINGS_MAX)
-                return -E2BIG;
-            next[count++] = m;
+            i++;
             continue;
         }
-        if (m.start_addr < start_addr) {
-            struct mf_mapping head = m;
-            head.length_bytes = start_addr - m.start_addr;
-            if (count == MF_MAPPINGS_MAX)
-                return -E2BIG;
-            next[count++] = head;
+        struct mf_mapping head = m, tail = m;
+        head.length_bytes = m.start_addr < start_addr ? start_addr - m.start_addr : 0;
+        tail.length_bytes = mapped_end > end_addr ? mapped_end - end_addr : 0;
+        tail.start_addr = mapped_end - tail.length_bytes;
+        tail.offset_bytes += m.length_bytes - tail.length_bytes;
+        if (!head.length_bytes && !tail.length_bytes) {
+            remove_entry(layout, i);
+            continue;
         }
-        if (mapped_end > end_addr) {
-            struct mf_mapping tail = m;
-            tail.offset_bytes += end_addr - m.start_addr;
-            tail.start_addr = end_addr;
-            tail.length_bytes = mapped_end - end_addr;
-            if (count == MF_MAPPINGS_MAX)
-                return -E2BIG;
-            next[count++] = tail;
+        store_entry(&layout->entry[i], head.length_bytes ? &head : &tail);
+        i++;
+        if (!head.length_bytes || !tail.length_bytes)
+            continue;
+        /* Mappings of one process don't overlap: at most one is cut in two. */
+        const uint32_t count = count_of(layout);
+        if (count < MF_LAYOUT_MAX) {
+            store_entry(&layout->entry[count], &tail);
+            set_count(layout, count + 1);
+        } else if (dropped_count == 0) {
+            dropped[dropped_count++] = (struct mf_range){.start_addr = tail.start_addr,
+                                                         .length_bytes = tail.length_bytes,
+                                                         .offset_bytes = tail.offset_bytes,
+                                                         .context = context};
         }
     }
-    replace(layout, next, count);
-    return 0;
+    return dropped_count;
+}
+
+unsigned mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_addr,
+                         uint64_t end_addr, struct mf_range *dropped)
+{
+    write_begin(layout);
+    unsigned count = cut(layout, context, start_addr, end_addr, dropped);
+    write_end(layout);
+    return count;
+}
+
+/* Does @b begin where @a ends, in memory and in the region? */
+static bool continues(const struct mf_mapping *a, const struct mf_mapping *b)
+{
+    return a->context == b->context && a->region == b->region &&
+           a->start_addr + a->length_bytes == b->start_addr &&
+           a->offset_bytes + a->length_bytes == b->offset_bytes;
+}
+
+unsigned mf_layout_learn(struct mf_layout *layout, const struct mf_mapping *mapping,
+                         struct mf_range *dropped)
+{
+    struct mf_mapping whole = *mapping;
+    write_begin(layout);
+    unsigned dropped_count = cut(layout, whole.context, whole.start_addr,
+                                 whole.start_addr + whole.length_bytes, dropped);
+    for (uint32_t i = 0; i < count_of(layout);) {
+        struct mf_mapping m = load_entry(&layout->entry[i]);
+        if (continues(&m, &whole)) {
+            whole.start_addr = m.start_addr;
+            whole.offset_bytes = m.offset_bytes;
+        } else if (!continues(&whole, &m)) {
+            i++;
+            continue;
+        }
+        whole.length_bytes += m.length_bytes;
+        remove_entry(layout, i);
+        i = 0;
+    }
+    uint32_t at = count_of(layout);
+    if (at == MF_LAYOUT_MAX) {
+        at = layout->hand++ % MF_LAYOUT_MAX;
+        struct mf_mapping gone = load_entry(&layout->entry[at]);
+        dropped[dropped_count++] = (struct mf_range){.start_addr = gone.start_addr,
+                                                     .length_bytes = gone.length_bytes,
+                                                     .offset_bytes = gone.offset_bytes,
+                                                     .context = gone.context};
+    } else {
+        set_count(layout, at + 1);
+    }
+    store_entry(&layout->entry[at], &whole);
+    write_end(layout);
+    return dropped_count;
+}
+
+void mf_layout_forget(struct mf_layout *layout, uint32_t context)
+{
+    write_begin(layout);
+    for (uint32_t i = 0; i < count_of(layout);) {
+        struct mf_mapping m = load_entry(&layout->entry[i]);
+        if (m.context == context)
+            remove_entry(layout, i);
+        else
+            i++;
+    }
+    write_end(layout);
 }
 
 int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
                     uint64_t to_addr, uint64_t length_bytes)
 {
-    struct mf_mapping next[MF_MAPPINGS_MAX];
-    uint32_t count = mf_layout_get(layout, next, MF_MAPPINGS_MAX), had = count;
     const uint64_t end_addr = from_addr + length_bytes;
+    const uint32_t had = count_of(layout);
+    uint32_t count = had;
     for (uint32_t i = 0; i < had; i++) {
-        struct mf_mapping m = next[i];
+        struct mf_mapping m = load_entry(&layout->entry[i]);
+        count += m.context == context && m.start_addr + m.length_bytes > from_addr &&
+                 m.start_addr < end_addr;
+    }
+    if (count > MF_LAYOUT_MAX)
+        return -E2BIG;
+    write_begin(layout);
+    count = had;
+    for (uint32_t i = 0; i < had; i++) {
+        struct mf_mapping m = load_entry(&layout->entry[i]);
         uint64_t mapped_end = m.start_addr + m.length_bytes;
         if (m.context != context || mapped_end <= from_addr || m.start_addr >= end_addr)
             continue;
         uint64_t start = m.start_addr > from_addr ? m.start_addr : from_addr;
         uint64_t end = mapped_end < end_addr ? mapped_end : end_addr;
-        if (count == MF_MAPPINGS_MAX)
-            return -E2BIG;
-        next[count++] = (struct mf_mapping){.start_addr = to_addr + (start - from_addr),
-                                            .length_bytes = end - start,
-                                            .offset_bytes = m.offset_bytes + (start - m.start_addr),
-                                            .region = m.region,
-                                            .context = context};
+        struct mf_mapping moved = {.start_addr = to_addr + (start - from_addr),
+                                   .length_bytes = end - start,
+                                   .offset_bytes = m.offset_bytes + (start - m.start_addr),
+                                   .region = m.region,
+                                   .context = context};
+        store_entry(&layout->entry[count++], &moved);
     }
-    replace(layout, next, count);
+    set_count(layout, count);
+    write_end(layout);
     return 0;
 }
 
 int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
                     uint64_t start_addr, uint64_t end_addr)
 {
-    struct mf_mapping had[MF_MAPPINGS_MAX], next[MF_MAPPINGS_MAX];
-    uint32_t had_count = mf_layout_get(layout, had, MF_MAPPINGS_MAX), count = 0;
-    for (uint32_t i = 0; i < had_count; i++) {
-        struct mf_mapping m = had[i];
+    for (uint32_t i = 0; i < count_of(layout);) {
+        struct mf_mapping m = load_entry(&layout->entry[i]);
         const uint64_t mapped_end = m.start_addr + m.length_bytes;
-        if (count + 3 > MF_MAPPINGS_MAX)
-            return -E2BIG;
         if (m.context != context || m.region != region || mapped_end <= start_addr ||
             m.start_addr >= end_addr) {
-            next[count++] = m;
+            i++;
             continue;
         }
+        if (count_of(layout) + 2 > MF_LAYOUT_MAX)
+            return -E2BIG;
         const uint64_t from = m.start_addr > start_addr ? m.start_addr : start_addr;
         const uint64_t to = mapped_end < end_addr ? mapped_end : end_addr;
-        if (from > m.start_addr) {
-            next[count] = m;
-            next[count++].length_bytes = from - m.start_addr;
-        }
-        next[count++] = (struct mf_mapping){.start_addr = from,
-                                            .length_bytes = to - from,
-                                            .region = MF_REGION_ZEROS,
-                                            .context = context};
-        if (mapped_end > to) {
-            next[count] = m;
-            next[count].start_addr = to;
-            next[count].offset_bytes += to - m.start_addr;
-            next[count++].length_bytes = mapped_end - to;
-        }
+        const struct mf_mapping zeros = {.start_addr = from,
+                                         .length_bytes = to - from,
+                                         .region = MF_REGION_ZEROS,
+                                         .context = context};
+        write_begin(layout);
+        cut(layout, context, from, to, NULL);
+        store_entry(&layout->entry[count_of(layout)], &zeros);
+        set_count(layout, count_of(layout) + 1);
+        write_end(layout);
+        i = 0; /* cutting has moved entries */
     }
-    replace(layout, next, count);
     return 0;
 }

@@ -3,9 +3,19 @@
  * The layout: where targets map which part of which region. One thread writes (the one that reads
  * the userfaultfd's events), any thread reads; a reader never waits for a lock and sees either the
  * table before a change or after it (a sequence counter; every field is an atomic of its own).
+ * Between the look and the use of what was seen, lib/gate.h keeps it true.
  *
- * A page is (region, index), never an address: addresses come from here at the last moment, and the
- * kernel refuses (-ENOENT) what was unmapped in between.
+ * It is what is known, not all there is. What it says must be true, for a page is given to whoever
+ * maps it by what stands here; what it does not say is found out when it is touched. So:
+ * - UNMAP events only take out. In whatever order several of them are read, the outcome is the
+ *   same. That order is the one in which threads came to queue their events, after they let go of
+ *   the lock under which they made their changes: not the order of the changes.
+ * - A mapping comes in only by looking at the process (mf_layout_learn, lib/events.c), after it was
+ *   registered: whatever changes it after the look sends an event that is read after the look.
+ * - Where there is no room, something is left out (`dropped`): whoever waits there has to be woken,
+ *   faults again, and it is learned again.
+ *
+ * A page is (region, index), never an address: addresses come from here at the last moment.
  */
 #pragma once
 
@@ -25,10 +35,14 @@ struct mf_layout_entry {
         region_context; /**< region << 32 | context */
 };
 
+/** How many mappings are known at most. */
+#define MF_LAYOUT_MAX 4096u
+
 struct mf_layout {
     _Atomic uint32_t sequence; /**< odd while a change is under way */
     _Atomic uint32_t count;
-    struct mf_layout_entry entry[MF_MAPPINGS_MAX];
+    uint32_t hand; /**< what goes next when there is no room */
+    struct mf_layout_entry entry[MF_LAYOUT_MAX];
 };
 
 /** struct mf_range - a piece of a target's address space. */
@@ -45,6 +59,11 @@ void mf_layout_set(struct mf_layout *layout, const struct mf_mapping *mappings, 
 bool mf_layout_find(const struct mf_layout *layout, uint32_t context, uint64_t addr,
                     struct mf_mapping *out);
 
+/** mf_layout_from() - the mapping that covers an address, or else the first behind it. Any thread.
+ */
+bool mf_layout_from(const struct mf_layout *layout, uint32_t context, uint64_t addr,
+                    struct mf_mapping *out);
+
 /**
  * mf_layout_ranges() - where [@offset_bytes, +@length_bytes) of a region is mapped, any thread.
  * @out: at most @max ranges, in no order.
@@ -53,18 +72,43 @@ bool mf_layout_find(const struct mf_layout *layout, uint32_t context, uint64_t a
 unsigned mf_layout_ranges(const struct mf_layout *layout, uint32_t region, uint64_t offset_bytes,
                           uint64_t length_bytes, struct mf_range *out, unsigned max);
 
+/**
+ * mf_layout_next() - the same, one by one: for whoever must leave none out, however many there are.
+ * Any thread, inside the gate (or the writer): the table must not change between two calls.
+ * @cursor: 0 at first. Return: false when there is no further one.
+ */
+bool mf_layout_next(const struct mf_layout *layout, uint32_t region, uint64_t offset_bytes,
+                    uint64_t length_bytes, uint32_t *cursor, struct mf_range *out);
+
 /** mf_layout_get() - copy all mappings out, any thread. Return: how many. */
 unsigned mf_layout_get(const struct mf_layout *layout, struct mf_mapping *out, unsigned max);
 
+/** mf_layout_covers() - is all of [@start_addr, @end_addr) known to be mapped? Any thread. */
+bool mf_layout_covers(const struct mf_layout *layout, uint32_t context, uint64_t start_addr,
+                      uint64_t end_addr);
+
 /** mf_layout_unmap() - an address range is gone; mappings are cut or dropped. Writer only.
- *  Return: 0, or -E2BIG when cutting needs more room than there is (nothing was changed). */
-int mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_addr,
-                    uint64_t end_addr);
+ * @dropped: room for one. Return: how many ranges (0 or 1) went beyond those, for lack of room. */
+unsigned mf_layout_unmap(struct mf_layout *layout, uint32_t context, uint64_t start_addr,
+                         uint64_t end_addr, struct mf_range *dropped);
+
+/**
+ * mf_layout_learn() - this is what is mapped there, whatever was thought before. Neighbours that
+ * continue it become one with it. Writer only.
+ * @dropped: room for two. Return: how many ranges (0 to 2) were left out for lack of room.
+ */
+unsigned mf_layout_learn(struct mf_layout *layout, const struct mf_mapping *mapping,
+                         struct mf_range *dropped);
+
+/** mf_layout_forget() - a context is gone. Writer only. */
+void mf_layout_forget(struct mf_layout *layout, uint32_t context);
 
 /**
  * mf_layout_remap() - [@from, +@length_bytes) was moved to @to: the mappings there are added at the
- * new place. The old place goes by the UNMAP that follows; none follows MREMAP_DONTUNMAP. Writer
- * only. Return: 0 or -E2BIG.
+ * new place. The old place goes by the UNMAP that follows; none follows MREMAP_DONTUNMAP. Only for
+ * memory that can't be looked up again (private memory has no file to know it by), and only right
+ * where no two threads change the same addresses at once. Writer only. Return: 0 or -E2BIG, and
+ * nothing was changed.
  */
 int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
                     uint64_t to_addr, uint64_t length_bytes);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "lib/target.h"
 
@@ -15,6 +16,8 @@ struct mf_region {
     uint64_t size_bytes, pages;
     uint32_t page_bytes;
     enum mf_memory_kind kind;
-    int fd;
+    int fd;       /**< -1: memory without a file */
+    dev_t device; /**< of the file, as /proc/PID/maps has it */
+    ino_t inode;
     uint8_t *map; /**< the second mapping: read-only at the source */
 };

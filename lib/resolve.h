@@ -4,15 +4,17 @@
  * kernel's answers to that mean (doc/kernel.md has them as a table).
  *
  * Whoever calls has stored the page's state first (I1). A page may be mapped at several addresses,
- * or at none any more; between the look at the layout and the ioctl a mapping may go away, which
- * the kernel answers with ENOENT, and the UNMAP event then takes it out of the layout.
+ * in several processes, or at none any more. The look at the layout and the ioctl that relies on it
+ * are made inside the gate (lib/gate.h), which keeps the one true for the other: while an event is
+ * unread the ioctl fails with EAGAIN, and then the layout is looked at again.
  *
- * Any number of threads may resolve at a time. Nothing here allocates or takes a lock.
+ * Any number of threads may resolve at a time, each with a lane of its own. Nothing here allocates.
  */
 #pragma once
 
 #include <stdint.h>
 
+#include "lib/context.h"
 #include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
@@ -21,13 +23,13 @@
 struct mf_resolver {
     const struct mf_region *region; /**< all regions, by index */
     const struct mf_layout *layout;
-    const int *context_fd; /**< the userfaultfd of each context of the layout */
-    /** on_event: called whenever an ioctl met EAGAIN, before it is tried again. The thread that
-     * reads the userfaultfds reads events in it, for nobody else can end that EAGAIN; any other
-     * thread does nothing in it and so waits for that one. */
-    void (*on_event)(void *arg);
+    const struct mf_contexts *contexts;
+    struct mf_gate_lane *lane; /**< this thread's; NULL: it is the one that reads events */
+    /** on_event: called outside the gate whenever an ioctl on @context met EAGAIN, before it is
+     * tried again. The thread that reads the userfaultfds reads that one's events in it, for nobody
+     * else can end that EAGAIN; any other thread does nothing in it and so waits for that one. */
+    void (*on_event)(void *arg, uint32_t context);
     void *arg;
-    struct mf_gate *gate; /**< where there are regions of private memory, else NULL */
 };
 
 /**
@@ -48,8 +50,9 @@ void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region, uint64
  * (MF_REGION_ZEROS). */
 void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr);
 
-/** mf_resolve_wait() - an ioctl met EAGAIN without progress, for the @attempt-th time in a row. */
-void mf_resolve_wait(const struct mf_resolver *resolver, unsigned attempt);
+/** mf_resolve_wait() - an ioctl on @context met EAGAIN without progress, for the @attempt-th time
+ * in a row. Outside the gate. */
+void mf_resolve_wait(const struct mf_resolver *resolver, uint32_t context, unsigned attempt);
 
 /** mf_resolve_wake() - make everybody who waits for a page fault again. */
 void mf_resolve_wake(const struct mf_resolver *resolver, uint32_t region, uint64_t page);

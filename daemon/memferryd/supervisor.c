@@ -221,6 +221,17 @@ static int private_ranges(const struct session *session, struct mf_mapping *mapp
     return kept;
 }
 
+/* It may look up what the target has moved; opening it takes privileges, reading does not. */
+static int hand_over_maps(const struct session *session, int sock)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/maps", (int)session->pid);
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0; /* it is going; a zombie has none */
+    return mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPS}, fd);
+}
+
 static int hand_over(struct session *session, int sock, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -253,12 +264,16 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         struct mf_ipc region = {.type = MF_IPC_REGION,
                                 .region = {.size_bytes = from->size_bytes,
                                            .page_bytes = from->page_bytes,
-                                           .kind = from->kind}};
+                                           .kind = from->kind,
+                                           .device = from->device,
+                                           .inode = from->inode}};
         memcpy(region.region.name, from->name, sizeof(from->name));
         r = mf_ipc_send(sock, &region, from->fd);
     }
     if (r == 0 && session->uffd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
+    if (r == 0 && session->role == MF_DESTINATION && !session->target_exited)
+        r = hand_over_maps(session, sock);
     if (r == 0 && session->pagemap_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
     if (r == 0 && read_private)

@@ -155,7 +155,8 @@ static int arm(struct session *session, struct mf_error *err)
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
-    uint64_t features = MF_UFFD_FEATURES, enabled = 0;
+    /* A child that the target forks shares its memory, and waits for it in the same way. */
+    uint64_t features = MF_UFFD_FEATURES | UFFD_FEATURE_EVENT_FORK, enabled = 0;
     for (unsigned i = 0; i < session->region_count; i++)
         if (session->region[i].kind == MF_MEMORY_HUGETLB)
             features |= UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "lib/log.h"
@@ -188,6 +189,16 @@ static void serve(struct mover *mover)
     }
 }
 
+/* Every process that the target forks takes two. */
+static void raise_fd_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static struct mover mover; /* large: the layout's table */
@@ -208,6 +219,7 @@ int main(int argc, char **argv)
     pthread_mutex_init(&mover.link.reason_lock, NULL);
 
     struct mf_error err;
+    raise_fd_limit();
     schedule_first();
     if (sandbox_drop_privileges((uid_t)strtoul(argv[2], NULL, 10),
                                 (gid_t)strtoul(argv[3], NULL, 10), &err) < 0)

@@ -18,8 +18,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "lib/ipc.h"
+#include "lib/context.h"
 #include "lib/gate.h"
+#include "lib/ipc.h"
 #include "lib/layout.h"
 #include "lib/region.h"
 #include "lib/session_file.h"
@@ -27,7 +28,6 @@
 #include "peer.pb-c.h"
 
 #define MOVER_STREAMS_MAX 16u
-#define MOVER_CONTEXTS_MAX 8u
 
 struct mover;
 
@@ -112,15 +112,15 @@ struct mover {
     bool confirmed_all_told;
     bool released, guest_running; /**< as in the hello */
 
-    unsigned region_count, context_count;
+    unsigned region_count;
     struct mf_region region[MF_REGIONS_MAX];
     struct mf_frame_region frame_region[MF_REGIONS_MAX];
-    int context_fd[MOVER_CONTEXTS_MAX];
-    int pagemap_fd;   /**< source: -1 if writes are not tracked */
-    int populated_fd; /**< source with private memory: /proc/PID/pagemap, else -1 */
+    struct mf_contexts contexts; /**< destination: changed by the fault thread only */
+    struct mf_gate gate;         /**< destination: see lib/gate.h */
+    int pagemap_fd;              /**< source: -1 if writes are not tracked */
+    int populated_fd;            /**< source with private memory: /proc/PID/pagemap, else -1 */
     struct mf_layout layout;
-    bool private_memory; /**< a region is private anonymous memory: `gate` is used */
-    struct mf_gate gate;
+    bool private_memory; /**< a region is private anonymous memory */
 
     struct mf_session_view view;
     struct mf_figures *figures;

@@ -20,9 +20,9 @@ int ring_open(struct io_uring *ring, unsigned entries)
         IORING_SETUP_R_DISABLED | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
         IORING_SETUP_R_DISABLED,
     };
-    static const uint8_t allowed[] = {IORING_OP_NOP,    IORING_OP_SENDMSG,  IORING_OP_SEND,
-                                      IORING_OP_RECV,   IORING_OP_POLL_ADD, IORING_OP_READ,
-                                      IORING_OP_TIMEOUT};
+    static const uint8_t allowed[] = {IORING_OP_NOP,     IORING_OP_SENDMSG,    IORING_OP_SEND,
+                                      IORING_OP_RECV,    IORING_OP_POLL_ADD,   IORING_OP_READ,
+                                      IORING_OP_TIMEOUT, IORING_OP_POLL_REMOVE};
     struct io_uring_restriction rules[sizeof(allowed)];
     int r = -EINVAL;
     for (unsigned i = 0; r == -EINVAL && i < sizeof(flags) / sizeof(flags[0]); i++)

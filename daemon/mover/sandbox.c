@@ -118,7 +118,7 @@ int sandbox_filter(struct mf_error *err)
     };
     static const unsigned long ioctls[] = {UFFDIO_CONTINUE, UFFDIO_ZEROPAGE,     UFFDIO_COPY,
                                            UFFDIO_WAKE,     UFFDIO_WRITEPROTECT, PAGEMAP_SCAN,
-                                           UFFDIO_REGISTER, UFFDIO_UNREGISTER};
+                                           UFFDIO_REGISTER, UFFDIO_UNREGISTER,   PROCMAP_QUERY};
     if (SANITIZED)
         return 0;
     scmp_filter_ctx filter = seccomp_init(SCMP_ACT_ERRNO(EPERM));

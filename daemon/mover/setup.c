@@ -23,6 +23,8 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
     region->pages = region->size_bytes / region->page_bytes;
     region->kind = (enum mf_memory_kind)message->region.kind;
     region->fd = fd;
+    region->device = (dev_t)message->region.device;
+    region->inode = (ino_t)message->region.inode;
     mover->frame_region[mover->region_count++] =
         (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
     if (region->kind == MF_MEMORY_PRIVATE) {
@@ -76,15 +78,28 @@ static void take_over(struct mover *mover, bool restarted)
     }
 }
 
+/* Everybody, wherever their memory may lie by now. The kernel wants addresses that a program could
+ * use, and how far up these go depends on the processor. */
+static void wake_all(int uffd)
+{
+    const uint64_t lowest = 0x10000; /* or what vm.mmap_min_addr says, which is less or equal */
+    for (unsigned bits = 57; bits > 30; bits--)
+        if (mf_uffd_wake(uffd, lowest, (UINT64_C(1) << (bits - 1)) - lowest - 65536) == 0)
+            return;
+}
+
 void mover_setup(struct mover *mover)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     unsigned mapping_count = 0;
     int session_fd = -1;
     bool restarted = false;
+    struct mf_context *context;
     struct mf_ipc message;
     struct mf_error err;
 
+    if (mf_gate_init(&mover->gate) < 0)
+        mover_fatal("cannot make the locks of the gate");
     for (;;) {
         int fd = -1;
         int r = mf_ipc_receive(mover->ipc_fd, &message, &fd);
@@ -102,9 +117,14 @@ void mover_setup(struct mover *mover)
             take_region(mover, &message, fd);
             break;
         case MF_IPC_CONTEXT:
-            if (mover->context_count == MOVER_CONTEXTS_MAX || fd < 0)
-                mover_fatal("memferryd handed over a userfaultfd too many");
-            mover->context_fd[mover->context_count++] = fd;
+            if (fd < 0 || mf_contexts_add(&mover->contexts, fd, -1, message.context.child) < 0)
+                mover_fatal("memferryd handed over a userfaultfd that can't be used");
+            break;
+        case MF_IPC_MAPS:
+            context = mf_context_at(&mover->contexts, message.context.index);
+            if (!context || context->maps_fd >= 0 || fd < 0)
+                mover_fatal("memferryd handed over the maps of nothing");
+            context->maps_fd = fd;
             break;
         case MF_IPC_PAGEMAP:
             mover->pagemap_fd = fd;
@@ -115,8 +135,8 @@ void mover_setup(struct mover *mover)
         case MF_IPC_MAPPING:
             /* A source that does not track writes has no context. */
             if (mapping_count == MF_MAPPINGS_MAX || message.mapping.region >= mover->region_count ||
-                (message.mapping.context >= mover->context_count &&
-                 !(mover->role == MF_SOURCE && mover->context_count == 0)))
+                (!mf_context_at(&mover->contexts, message.mapping.context) &&
+                 !(mover->role == MF_SOURCE && mover->contexts.count == 0)))
                 mover_fatal("memferryd handed over a mapping of nothing");
             mappings[mapping_count++] = message.mapping;
             break;
@@ -147,7 +167,6 @@ all:
     if (mover->role == MF_SOURCE)
         return;
     /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */
-    for (unsigned i = 0; i < mapping_count; i++)
-        mf_uffd_wake(mover->context_fd[mappings[i].context], mappings[i].start_addr,
-                     mappings[i].length_bytes);
+    for (uint32_t i = 0; i < mover->contexts.count; i++)
+        wake_all(mf_context_uffd(&mover->contexts, i));
 }

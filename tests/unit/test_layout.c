@@ -43,6 +43,12 @@ static void set_one(uint64_t start, uint64_t length, uint64_t offset)
                   1);
 }
 
+static struct mf_range dropped[2];
+static unsigned unmapped(struct mf_layout *from, uint32_t context, uint64_t start, uint64_t end)
+{
+    return mf_layout_unmap(from, context, start, end, dropped);
+}
+
 static void assert_found(uint64_t addr, uint64_t offset)
 {
     struct mf_mapping m;
@@ -75,22 +81,22 @@ static void cuts_at_every_place(void **state)
     (void)state;
     struct mf_mapping all[4];
     set_one(0x10000, 0x4000, 0x8000);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x8000, 0x10000), 0);  /* right before it */
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x14000, 0x20000), 0); /* right behind it */
-    assert_int_equal(mf_layout_unmap(&layout, 0, 0x10000, 0x14000), 0); /* another context's */
+    assert_int_equal(unmapped(&layout, 1, 0x8000, 0x10000), 0);  /* right before it */
+    assert_int_equal(unmapped(&layout, 1, 0x14000, 0x20000), 0); /* right behind it */
+    assert_int_equal(unmapped(&layout, 0, 0x10000, 0x14000), 0); /* another context's */
     assert_int_equal(mf_layout_get(&layout, all, 4), 1);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0xf000, 0x11000), 0); /* the head */
+    assert_int_equal(unmapped(&layout, 1, 0xf000, 0x11000), 0); /* the head */
     assert_nothing_at(0x10fff);
     assert_found(0x11000, 0x9000);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x13000, 0x15000), 0); /* the tail */
+    assert_int_equal(unmapped(&layout, 1, 0x13000, 0x15000), 0); /* the tail */
     assert_found(0x12fff, 0xafff);
     assert_nothing_at(0x13000);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x11800, 0x12000), 0); /* the middle */
+    assert_int_equal(unmapped(&layout, 1, 0x11800, 0x12000), 0); /* the middle */
     assert_int_equal(mf_layout_get(&layout, all, 4), 2);
     assert_found(0x117ff, 0x97ff);
     assert_nothing_at(0x11800);
     assert_found(0x12000, 0xa000);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0, UINT64_MAX), 0); /* all */
+    assert_int_equal(unmapped(&layout, 1, 0, UINT64_MAX), 0); /* all */
     assert_int_equal(mf_layout_get(&layout, all, 4), 0);
 }
 
@@ -103,7 +109,7 @@ static void takes_ranges_beyond_32_bits(void **state)
     for (unsigned i = 0; i < 5; i++) {
         const uint64_t size = (uint64_t[]){2 * GIB, 3 * GIB, 4 * GIB, 4 * TIB, 5 * TIB}[i];
         set_one(base, 3 * size, 0);
-        assert_int_equal(mf_layout_unmap(&layout, 1, base + size, base + 2 * size), 0);
+        assert_int_equal(unmapped(&layout, 1, base + size, base + 2 * size), 0);
         assert_found(base + size - 1, size - 1);
         assert_nothing_at(base + size);
         assert_nothing_at(base + 2 * size - 1);
@@ -118,34 +124,98 @@ static void takes_ranges_beyond_32_bits(void **state)
         assert_found(base + 3 * size - 1, 2 * size - 1);
         assert_found(base, size); /* until the UNMAP that follows */
         assert_int_equal(mf_layout_ranges(&layout, 3, 2 * size - 4096, 4096, ranges, 4), 2);
-        assert_int_equal(mf_layout_unmap(&layout, 1, base, base + size), 0);
+        assert_int_equal(unmapped(&layout, 1, base, base + size), 0);
         assert_int_equal(mf_layout_ranges(&layout, 3, 2 * size - 4096, 4096, ranges, 4), 1);
         assert_int_equal(ranges[0].start_addr, base + 3 * size - 4096);
         assert_int_equal(ranges[0].context, 1);
     }
 }
 
-static void says_when_there_is_no_room(void **state)
+static void says_what_it_had_no_room_for(void **state)
 {
     (void)state;
-    static struct mf_mapping many[MF_MAPPINGS_MAX], after[MF_MAPPINGS_MAX + 1];
-    for (unsigned i = 0; i < MF_MAPPINGS_MAX; i++)
+    static struct mf_mapping many[MF_LAYOUT_MAX], after[MF_LAYOUT_MAX + 1];
+    for (unsigned i = 0; i < MF_LAYOUT_MAX; i++)
         many[i] = (struct mf_mapping){.start_addr = (i + 1u) * UINT64_C(0x10000),
                                       .length_bytes = 0x4000,
                                       .offset_bytes = i * UINT64_C(0x4000),
+                                      .region = 3,
                                       .context = 1};
-    mf_layout_set(&layout, many, MF_MAPPINGS_MAX);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x11000, 0x12000), -E2BIG);
+    mf_layout_set(&layout, many, MF_LAYOUT_MAX);
     assert_int_equal(mf_layout_remap(&layout, 1, 0x10000, UINT64_C(1) << 40, 0x4000), -E2BIG);
-    assert_int_equal(mf_layout_get(&layout, after, MF_MAPPINGS_MAX + 1), MF_MAPPINGS_MAX);
+    assert_int_equal(mf_layout_get(&layout, after, MF_LAYOUT_MAX + 1), MF_LAYOUT_MAX);
     assert_memory_equal(after, many, sizeof(many)); /* nothing was changed */
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x10000, 0x11000),
-                     0); /* cutting off an end fits */
-    /* One goes while another is cut in two: the same number. */
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x20000, 0x24000), 0);
-    assert_int_equal(mf_layout_unmap(&layout, 1, 0x31000, 0x32000), 0);
-    assert_int_equal(mf_layout_get(&layout, after, MF_MAPPINGS_MAX + 1), MF_MAPPINGS_MAX);
+    /* What is cut in two loses its tail. */
+    assert_int_equal(unmapped(&layout, 1, 0x11000, 0x12000), 1);
+    assert_int_equal(dropped[0].start_addr, 0x12000);
+    assert_int_equal(dropped[0].length_bytes, 0x2000);
+    assert_int_equal(dropped[0].context, 1);
+    assert_found(0x10fff, 0xfff);
+    assert_nothing_at(0x12000);
+    assert_int_equal(unmapped(&layout, 1, 0x10000, 0x10800), 0); /* cutting off an end fits */
+    /* A new one takes the place of an old one, and is itself known. */
+    struct mf_mapping more = {.start_addr = UINT64_C(1) << 40,
+                              .length_bytes = 0x1000,
+                              .offset_bytes = 0x7000,
+                              .region = 3,
+                              .context = 1};
+    for (unsigned i = 0; i < 3; i++, more.start_addr += 0x10000) {
+        assert_int_equal(mf_layout_learn(&layout, &more, dropped), 1);
+        assert_nothing_at(dropped[0].start_addr);
+        assert_nothing_at(dropped[0].start_addr + dropped[0].length_bytes - 1);
+        assert_found(more.start_addr, 0x7000);
+    }
+    assert_int_equal(mf_layout_get(&layout, after, MF_LAYOUT_MAX + 1), MF_LAYOUT_MAX);
+    /* Into the middle of another: the tail of that one and an old one. */
+    more.start_addr = UINT64_C(0x10000) * 1000 + 0x1000;
+    assert_int_equal(mf_layout_learn(&layout, &more, dropped), 2);
+    assert_found(more.start_addr, 0x7000);
+    assert_nothing_at(more.start_addr + 0x1000);
+    mf_layout_forget(&layout, 2);
     assert_int_equal(mf_layout_get(&layout, after, 5), 5);
+    mf_layout_forget(&layout, 1);
+    assert_int_equal(mf_layout_get(&layout, after, 5), 0);
+}
+
+static void neighbours_become_one(void **state)
+{
+    (void)state;
+    struct mf_mapping all[4], piece = {.start_addr = 0x14000,
+                                       .length_bytes = 0x1000,
+                                       .offset_bytes = 0xc000,
+                                       .region = 3,
+                                       .context = 1};
+    set_one(0x10000, 0x4000, 0x8000);
+    assert_int_equal(mf_layout_learn(&layout, &piece, dropped), 0); /* it has grown in place */
+    assert_int_equal(mf_layout_get(&layout, all, 4), 1);
+    assert_true(mf_layout_covers(&layout, 1, 0x10000, 0x15000));
+    assert_false(mf_layout_covers(&layout, 1, 0x10000, 0x15001));
+    assert_false(mf_layout_covers(&layout, 1, 0xffff, 0x15000));
+    /* The same once more changes nothing; a hole that is filled again neither. */
+    assert_int_equal(mf_layout_learn(&layout, &piece, dropped), 0);
+    assert_int_equal(mf_layout_get(&layout, all, 4), 1);
+    assert_int_equal(unmapped(&layout, 1, 0x12000, 0x13000), 0);
+    assert_int_equal(mf_layout_get(&layout, all, 4), 2);
+    assert_false(mf_layout_covers(&layout, 1, 0x10000, 0x15000));
+    piece.start_addr = 0x12000;
+    piece.offset_bytes = 0xa000;
+    assert_int_equal(mf_layout_learn(&layout, &piece, dropped), 0);
+    assert_int_equal(mf_layout_get(&layout, all, 4), 1);
+    assert_found(0x14fff, 0xcfff);
+    /* Another part of the region, or another region: not. */
+    piece.offset_bytes = 0x2000;
+    assert_int_equal(mf_layout_learn(&layout, &piece, dropped), 0);
+    assert_int_equal(mf_layout_get(&layout, all, 4), 3);
+    assert_found(0x12000, 0x2000);
+    assert_found(0x13000, 0xb000);
+    assert_true(mf_layout_covers(&layout, 1, 0x10000, 0x15000));
+    struct mf_mapping m;
+    assert_true(mf_layout_from(&layout, 1, 0, &m));
+    assert_int_equal(m.start_addr, 0x10000);
+    assert_true(mf_layout_from(&layout, 1, 0x12fff, &m));
+    assert_int_equal(m.start_addr, 0x12000);
+    assert_false(mf_layout_from(&layout, 1, 0x15000, &m));
+    assert_false(mf_layout_from(&layout, 0, 0, &m));
 }
 
 /* ---- against a model: what every block of two address spaces shows ---- */
@@ -182,10 +252,10 @@ static void check_against_model(void)
             }
         }
     /* A piece of a region: the same blocks, each exactly once. */
-    static struct mf_range ranges[MF_MAPPINGS_MAX];
+    static struct mf_range ranges[MF_LAYOUT_MAX];
     const uint32_t region = below(REGIONS);
     const uint64_t from = below(BLOCKS) * BLOCK, length = (1 + below(20)) * BLOCK;
-    unsigned count = mf_layout_ranges(&layout, region, from, length, ranges, MF_MAPPINGS_MAX);
+    unsigned count = mf_layout_ranges(&layout, region, from, length, ranges, MF_LAYOUT_MAX);
     uint64_t expected = 0, got = 0;
     for (uint32_t c = 0; c < CONTEXTS; c++)
         for (uint32_t b = 0; b < BLOCKS; b++) {
@@ -212,13 +282,21 @@ static void check_against_model(void)
     }
     assert_int_equal(got, expected);
     assert_int_equal(mf_layout_ranges(&layout, region, from, length, ranges, 0), count);
+    uint32_t cursor = 0;
+    struct mf_range one;
+    for (unsigned i = 0; i < count; i++) {
+        assert_true(mf_layout_next(&layout, region, from, length, &cursor, &one));
+        assert_true(one.start_addr == ranges[i].start_addr && one.context == ranges[i].context);
+        assert_int_equal(one.length_bytes, ranges[i].length_bytes);
+    }
+    assert_false(mf_layout_next(&layout, region, from, length, &cursor, &one));
 }
 
 static void unmap_both(uint32_t context, uint32_t first, uint32_t blocks)
 {
     for (uint32_t b = first; b < first + blocks; b++)
         model[context][b].mapped = false;
-    assert_int_equal(mf_layout_unmap(&layout, context, address(first), address(first + blocks)), 0);
+    assert_int_equal(unmapped(&layout, context, address(first), address(first + blocks)), 0);
 }
 
 static void agrees_with_the_model(void **state)
@@ -250,8 +328,25 @@ static void agrees_with_the_model(void **state)
             uint32_t blocks = 1 + below(below(2) ? 4 : 30);
             if (blocks > BLOCKS - first)
                 blocks = BLOCKS - first;
-            if (below(2)) {
+            const unsigned what = below(3);
+            if (what == 0) {
                 unmap_both(c, first, blocks);
+            } else if (what == 1) {
+                /* Something is found there, which may continue what lies before it. */
+                uint32_t region = below(REGIONS);
+                uint64_t offset = below(40) * BLOCK;
+                if (first > 0 && model[c][first - 1].mapped && below(2)) {
+                    region = model[c][first - 1].region;
+                    offset = model[c][first - 1].offset + BLOCK;
+                }
+                for (uint32_t b = 0; b < blocks; b++)
+                    model[c][first + b] = (struct cell){true, region, offset + b * BLOCK};
+                struct mf_mapping found = {.start_addr = address(first),
+                                           .length_bytes = blocks * BLOCK,
+                                           .offset_bytes = offset,
+                                           .region = region,
+                                           .context = c};
+                assert_int_equal(mf_layout_learn(&layout, &found, dropped), 0);
             } else {
                 /* As the kernel tells it: the target's UNMAP, REMAP, perhaps the UNMAP of the old
                  * place. The two places of one mremap never overlap. */
@@ -325,7 +420,7 @@ static void is_read_while_it_is_written(void **state)
     for (unsigned i = 0; i < 2000 || atomic_load(&reads) < 2000; i++) {
         uint64_t from = i % 2 ? AWAY : HOME, to = i % 2 ? HOME : AWAY;
         assert_int_equal(mf_layout_remap(&shared, 2, from, to, SIZE), 0);
-        assert_int_equal(mf_layout_unmap(&shared, 2, from, from + SIZE), 0);
+        assert_int_equal(unmapped(&shared, 2, from, from + SIZE), 0);
     }
     atomic_store(&stop, true);
     for (unsigned i = 0; i < 2; i++)
@@ -338,7 +433,8 @@ int main(void)
         cmocka_unit_test(finds_addresses),
         cmocka_unit_test(cuts_at_every_place),
         cmocka_unit_test(takes_ranges_beyond_32_bits),
-        cmocka_unit_test(says_when_there_is_no_room),
+        cmocka_unit_test(says_what_it_had_no_room_for),
+        cmocka_unit_test(neighbours_become_one),
         cmocka_unit_test(agrees_with_the_model),
         cmocka_unit_test(is_read_while_it_is_written),
     };

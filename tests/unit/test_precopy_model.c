@@ -19,6 +19,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -442,9 +443,10 @@ int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes)
     return 0;
 }
 
-static void nothing(void *arg)
+static void nothing(void *arg, uint32_t context)
 {
     (void)arg;
+    (void)context;
 }
 
 /* ---- the guests ---- */
@@ -584,16 +586,39 @@ struct fault_table *faults_table(struct mover *mover)
     return &table;
 }
 
-static struct mf_lander lander_of(bool urgent)
+static struct mf_gate_lane *lanes[STREAMS_MOST];
+
+/* A gate whose lanes nobody holds: a crash leaves them behind locked. */
+static void new_gate(void)
+{
+    memset(&dest.gate, 0, sizeof(dest.gate));
+    must(mf_gate_init(&dest.gate) == 0, "no gate", 0, 0);
+    for (unsigned i = 0; i < STREAMS_MOST; i++)
+        lanes[i] = mf_gate_join(&dest.gate);
+}
+
+/* The reader would have to wait. */
+static bool somebody_is_inside(void)
+{
+    for (unsigned i = 0; i < STREAMS_MOST; i++) {
+        if (pthread_mutex_trylock(&lanes[i]->lock) != 0)
+            return true;
+        pthread_mutex_unlock(&lanes[i]->lock);
+    }
+    return false;
+}
+
+static struct mf_lander lander_of(unsigned connection)
 {
     struct mf_lander lander = account_lander(&dest, nothing, NULL);
-    lander.by_mapping = urgent;
+    lander.by_mapping = connection == URGENT;
+    lander.resolver.lane = connection == URGENT ? NULL : lanes[connection];
     return lander;
 }
 
 static void land(unsigned connection)
 {
-    struct mf_lander lander = lander_of(connection == URGENT);
+    struct mf_lander lander = lander_of(connection);
     struct mf_frame frame;
     const char *why = NULL;
     const size_t have = queue[connection].have - queue[connection].taken;
@@ -645,7 +670,7 @@ static void serve_fault(void)
     unsigned which = below(fault_count), map = fault[which].map;
     struct page_at at = fault[which].at;
     fault[which] = fault[--fault_count];
-    struct mf_lander lander = lander_of(true);
+    struct mf_lander lander = lander_of(URGENT);
     const struct mf_pages *states = &dest.view.pages[at.region];
     uint8_t byte = mf_page_load(states, at.page);
     if (!waiting[at.region][map][at.page])
@@ -682,10 +707,10 @@ static bool is_parent_and_child(uint64_t page)
 static void discard_private(uint64_t page)
 {
     const unsigned map = below(places);
-    struct mf_lander lander = lander_of(true);
+    struct mf_lander lander = lander_of(URGENT);
     const uint64_t addr = address(0, map) + page * 4096;
     const bool other = is_parent_and_child(page);
-    if (atomic_load(&dest.gate.filling) > 0 || zeros_there[map][page])
+    if (somebody_is_inside() || zeros_there[map][page])
         return; /* the reader waits; nothing more is to be done */
     TRACE("  discard 0:%llu by %u\n", (unsigned long long)page, map);
     uint8_t was = 0;
@@ -708,7 +733,7 @@ static void discard_private(uint64_t page)
 static void fork_it(void)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    if (places == 2 || atomic_load(&dest.gate.filling) > 0)
+    if (places == 2 || somebody_is_inside())
         return;
     TRACE("  forks\n");
     unsigned count = mf_layout_get(&dest.layout, mappings, MF_MAPPINGS_MAX);
@@ -726,7 +751,7 @@ static void fork_it(void)
 /* As the guest's balloon and faults.c's discard_range(): QEMU punches, then the event is read. */
 static void discard(void)
 {
-    struct mf_lander lander = lander_of(true);
+    struct mf_lander lander = lander_of(URGENT);
     uint32_t region;
     uint64_t page;
     any_page(&region, &page);
@@ -922,7 +947,7 @@ static void restart_destination(void)
     memset(&table, 0, sizeof(table));
     memset(waiting, 0, sizeof(waiting)); /* one wake over everything */
     fault_count = 0;
-    memset((void *)&dest.gate, 0, sizeof(dest.gate));
+    new_gate();
 }
 
 /* What had been sent may still arrive, in part. Then nothing of it does. */
@@ -1098,7 +1123,7 @@ static void set_up(void)
     places = 1;
     may_fork = below(2);
     memset(zeros_there, 0, sizeof(zeros_there));
-    memset((void *)&dest.gate, 0, sizeof(dest.gate));
+    new_gate();
     source.private_memory = dest.private_memory = private_kind;
     source.populated_fd = private_kind ? 3 : -1;
     source.region[0].kind = dest.region[0].kind =
@@ -1204,7 +1229,10 @@ int main(void)
     source.figures = &source_figures;
     dest.figures = &dest_figures;
     source.region_count = dest.region_count = REGIONS;
-    source.context_count = dest.context_count = 1;
+    /* The descriptors are never used: the calls that take them are modelled. */
+    if (mf_contexts_add(&source.contexts, INT_MAX, -1, false) != 0 ||
+        mf_contexts_add(&dest.contexts, INT_MAX, -1, false) != 0)
+        fail("no context", 0, 0);
     for (uint32_t r = 0; r < REGIONS; r++)
         make_file(&source.region[r], &dest.region[r], r);
     for (unsigned i = 0; i <= STREAMS_MOST; i++) {

@@ -67,15 +67,15 @@ static void broken(void *argument, uint32_t region, int error)
                 strerror(-error));
 }
 
-struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg), void *arg)
+struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg, uint32_t context),
+                                void *arg)
 {
     static const struct mf_lander_ops ops = {served, landed, broken};
     return (struct mf_lander){.resolver = {.region = mover->region,
                                            .layout = &mover->layout,
-                                           .context_fd = mover->context_fd,
+                                           .contexts = &mover->contexts,
                                            .on_event = on_event,
-                                           .arg = arg,
-                                           .gate = mover->private_memory ? &mover->gate : NULL},
+                                           .arg = arg},
                               .pages = mover->view.pages,
                               .ops = &ops,
                               .arg = mover};

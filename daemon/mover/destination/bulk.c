@@ -28,9 +28,10 @@ struct bulk {
     size_t have;     /**< bytes from the header on */
 };
 
-static void nothing(void *arg)
+static void nothing(void *arg, uint32_t context)
 {
-    (void)arg; /* the fault thread reads events; this one only waits */
+    (void)arg;
+    (void)context; /* the fault thread reads events; this one only waits */
 }
 
 static uint8_t *frame_at(const struct bulk *b)
@@ -142,6 +143,9 @@ void *destination_bulk_main(void *argument)
     prctl(PR_SET_NAME, "bulk-receive");
     schedule_behind();
     b.lander = account_lander(self->mover, nothing, NULL);
+    b.lander.resolver.lane = mf_gate_join(&self->mover->gate);
+    if (!b.lander.resolver.lane)
+        mover_fatal("there are more bulk connections than the gate has lanes");
     int r = ring_open(&b.ring, 4);
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
@@ -154,6 +158,7 @@ void *destination_bulk_main(void *argument)
     if (r <= 0 && !atomic_load(&self->mover->link.stop))
         link_fail(self->mover, "bulk connection %u to the source broke: %s", self->stream,
                   r < 0 ? strerror(-r) : "the source closed it");
+    mf_gate_leave(b.lander.resolver.lane);
     free(b.buffer);
     ring_close(&b.ring);
     return NULL;

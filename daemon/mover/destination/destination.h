@@ -47,7 +47,8 @@ void fault_table_each(struct fault_table *table,
 
 /** account_lander() - what a thread lands with, its figures and failures being those of @mover.
  * @on_event, @arg: see struct mf_resolver. */
-struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg), void *arg);
+struct mf_lander account_lander(struct mover *mover, void (*on_event)(void *arg, uint32_t context),
+                                void *arg);
 
 /** account_served() - a page that had FAULTED has been resolved: stop the clock. Any thread. */
 void account_served(struct mover *mover, uint32_t region, uint64_t page);

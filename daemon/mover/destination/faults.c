@@ -24,12 +24,16 @@
 
 #include "daemon/mover/ring.h"
 #include "lib/events.h"
+#include "lib/log.h"
+#include "lib/uffd.h"
 #include "lib/util.h"
 
 #define REQUESTS_ROOM 4096u /**< REQUESTs not sent yet */
 #define RETRY_NS 5000000    /**< parked faults are tried again this often, at the latest */
 
-enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD };
+#define CHILDREN_NS 500000000 /**< so often it is seen which children are gone */
+
+enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD, TAG_CHILDREN, TAG_CANCEL };
 
 struct fault_thread {
     struct mover *mover;
@@ -40,8 +44,10 @@ struct fault_thread {
     int kick_fd;
     uint64_t kick_value;
     struct mf_events events;
-    bool timer_armed;
-    struct __kernel_timespec timer;
+    bool timer_armed, children_armed;
+    struct __kernel_timespec timer, children_timer;
+    bool short_of_fds;     /**< and this was said */
+    uint32_t held_context; /**< whose fork waits for a descriptor */
 
     /* The urgent connection. wanted_fd is the main thread's wish; fd is what this thread uses. */
     _Atomic int wanted_fd;
@@ -86,7 +92,7 @@ static void tag_sqe(struct io_uring_sqe *sqe, enum tag tag, unsigned index)
 static void arm_uffd(struct fault_thread *t, unsigned context)
 {
     struct io_uring_sqe *sqe = get_sqe(t);
-    io_uring_prep_poll_multishot(sqe, t->mover->context_fd[context], POLLIN);
+    io_uring_prep_poll_multishot(sqe, mf_context_uffd(&t->mover->contexts, context), POLLIN);
     tag_sqe(sqe, TAG_UFFD, context);
 }
 
@@ -338,23 +344,58 @@ static void discard(void *argument, uint32_t region, uint64_t first, uint64_t pa
     account_missing(t->mover, missing);
 }
 
+/* A poll that is under way holds a reference to the userfaultfd: it is cancelled first, and when
+ * that is through the context is dropped (doc/kernel.md: a_poll_under_way_holds_a_reference). */
+static void let_go(struct fault_thread *t, uint32_t context)
+{
+    mf_context_at(&t->mover->contexts, context)->leaving = true;
+    struct io_uring_sqe *sqe = get_sqe(t);
+    io_uring_prep_poll_remove(sqe, (uint64_t)TAG_UFFD | (uint64_t)context << 8);
+    tag_sqe(sqe, TAG_CANCEL, 0);
+}
+
+/* A child's address space ends by exit or exec, of which nothing tells. */
+static void look_for_gone_children(struct fault_thread *t)
+{
+    struct mf_contexts *contexts = &t->mover->contexts;
+    for (uint32_t i = 0; i < contexts->count; i++) {
+        const struct mf_context *context = mf_context_at(contexts, i);
+        if (context && context->child && !context->leaving && !mf_uffd_alive(context->uffd))
+            let_go(t, i);
+    }
+}
+
 /* Return: was there an event? */
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
     int r = mf_events_read(&t->events, context);
-    if (r == -E2BIG)
-        mover_fatal("%s: the VM maps its memory in more than %u pieces", t->mover->name,
-                    MF_MAPPINGS_MAX);
+    if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
+        /* The fork's event stays where it is, and with it everything that waits for a page of this
+         * process, until a child has ended. */
+        if (!t->short_of_fds)
+            mf_log(MF_LOG_ERR,
+                   "%s: a fork of the target has to wait until one of its %u children whose memory "
+                   "is followed has ended: %s (LimitNOFILE= of memferryd.service)",
+                   t->mover->name, t->mover->contexts.used - 1, strerror(-r));
+        t->short_of_fds = true;
+        t->held_context = context;
+        return false;
+    }
     if (r < 0)
         mover_fatal("%s: reading the userfaultfd failed: %s", t->mover->name, strerror(-r));
     return r > 0;
 }
 
-static void on_event(void *argument)
+static void on_event(void *argument, uint32_t context)
+{
+    read_messages(argument, context);
+}
+
+static void forked(void *argument, uint32_t parent, uint32_t context)
 {
     struct fault_thread *t = argument;
-    for (unsigned i = 0; i < t->mover->context_count; i++)
-        read_messages(t, i);
+    (void)parent;
+    arm_uffd(t, context);
 }
 
 static void arm_timer(struct fault_thread *t)
@@ -368,16 +409,49 @@ static void arm_timer(struct fault_thread *t)
     t->timer_armed = true;
 }
 
+static void arm_children_timer(struct fault_thread *t)
+{
+    if (t->children_armed || (t->mover->contexts.used <= 1 && !t->short_of_fds))
+        return;
+    struct io_uring_sqe *sqe = get_sqe(t);
+    t->children_timer = (struct __kernel_timespec){.tv_nsec = CHILDREN_NS};
+    io_uring_prep_timeout(sqe, &t->children_timer, 0, 0);
+    tag_sqe(sqe, TAG_CHILDREN, 0);
+    t->children_armed = true;
+}
+
+static void uffd_readable(struct fault_thread *t, uint32_t context, const struct io_uring_cqe *cqe)
+{
+    const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
+    const bool more = cqe->flags & IORING_CQE_F_MORE;
+    if (of && of->leaving) {
+        if (!more)
+            mf_events_drop(&t->events, context);
+        return;
+    }
+    if (cqe->res < 0 || (cqe->res & POLLERR))
+        mover_fatal("%s: the userfaultfd can't be waited for", t->mover->name);
+    mf_events_serve(&t->events, read_messages(t, context));
+    if (!more)
+        arm_uffd(t, context);
+}
+
 static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
 {
     const unsigned index = (unsigned)(cqe->user_data >> 8);
     switch ((enum tag)(cqe->user_data & 0xff)) {
     case TAG_UFFD:
-        if (cqe->res < 0 || (cqe->res & POLLERR))
-            mover_fatal("%s: the userfaultfd can't be waited for", t->mover->name);
-        mf_events_serve(&t->events, read_messages(t, index));
-        if (!(cqe->flags & IORING_CQE_F_MORE))
-            arm_uffd(t, index);
+        uffd_readable(t, index, cqe);
+        break;
+    case TAG_CHILDREN:
+        t->children_armed = false;
+        look_for_gone_children(t);
+        if (t->short_of_fds) {
+            t->short_of_fds = false; /* or it is said again */
+            mf_events_serve(&t->events, read_messages(t, t->held_context));
+        }
+        break;
+    case TAG_CANCEL:
         break;
     case TAG_RECV:
         received(t, cqe->res);
@@ -395,6 +469,23 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
     }
 }
 
+/* What memferryd handed over was mapped when it looked; but was it registered then? */
+static void learn_all(struct fault_thread *t)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    const unsigned count = mf_layout_get(&t->mover->layout, mappings, MF_MAPPINGS_MAX);
+    for (unsigned i = 0; i < count; i++) {
+        const struct mf_mapping *m = &mappings[i];
+        const struct mf_context *context = mf_context_at(&t->mover->contexts, m->context);
+        struct mf_range dropped[1];
+        if (context->maps_fd < 0 || t->mover->region[m->region].kind == MF_MEMORY_PRIVATE)
+            continue;
+        mf_layout_unmap(&t->mover->layout, m->context, m->start_addr,
+                        m->start_addr + m->length_bytes, dropped);
+        mf_events_learn(&t->events, m->context, m->start_addr, m->start_addr + m->length_bytes);
+    }
+}
+
 static void *fault_main(void *argument)
 {
     struct fault_thread *t = argument;
@@ -402,11 +493,12 @@ static void *fault_main(void *argument)
     int r = ring_open(&t->ring, 64);
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
-    for (unsigned i = 0; i < t->mover->context_count; i++)
+    for (uint32_t i = 0; i < t->mover->contexts.count; i++)
         arm_uffd(t, i);
     arm_kick(t);
+    learn_all(t);
     /* A poll says "readable" on the way from not to readable: what came before is read here. */
-    for (unsigned i = 0; i < t->mover->context_count; i++)
+    for (uint32_t i = 0; i < t->mover->contexts.count; i++)
         mf_events_serve(&t->events, read_messages(t, i));
     for (;;) {
         struct io_uring_cqe *cqe;
@@ -414,6 +506,7 @@ static void *fault_main(void *argument)
         send_requests(t);
         arm_recv(t);
         arm_timer(t);
+        arm_children_timer(t);
         r = io_uring_submit_and_wait(&t->ring, 1);
         if (r < 0 && r != -EINTR)
             mover_fatal("waiting on io_uring failed: %s", strerror(-r));
@@ -434,7 +527,8 @@ static void kick(struct fault_thread *t)
     (void)n;
 }
 
-static const struct mf_events_ops events_ops = {.fault = fault, .discard = discard};
+static const struct mf_events_ops events_ops = {
+    .fault = fault, .discard = discard, .forked = forked};
 
 int faults_start(struct mover *mover)
 {
@@ -450,8 +544,9 @@ int faults_start(struct mover *mover)
     t->events.arg = t;
     t->events.layout = &mover->layout;
     t->events.region = mover->region;
-    t->events.context_fd = mover->context_fd;
-    t->events.gate = mover->private_memory ? &mover->gate : NULL;
+    t->events.region_count = mover->region_count;
+    t->events.contexts = &mover->contexts;
+    t->events.gate = &mover->gate;
     t->in = aligned_alloc(4096, LEAD + MF_FRAME_DATA_MAX_BYTES + 4096);
     t->kick_fd = eventfd(0, EFD_CLOEXEC);
     if (!t->in || t->kick_fd < 0 || sem_init(&t->done, 0, 0) != 0)

@@ -294,8 +294,8 @@ static int protect(struct sender *s, uint32_t region, uint64_t first, uint64_t p
                                       pages * page_bytes, ranges, 16);
     int r = found > 16 ? -E2BIG : 0;
     for (unsigned i = 0; r == 0 && i < found; i++)
-        r = mf_uffd_protect(mover->context_fd[ranges[i].context], ranges[i].start_addr,
-                            ranges[i].length_bytes);
+        r = mf_uffd_protect(mf_context_uffd(&mover->contexts, ranges[i].context),
+                            ranges[i].start_addr, ranges[i].length_bytes);
     return r;
 }
 

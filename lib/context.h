@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * The contexts of a target: one for each userfaultfd, which is one for each address space. A child
+ * that the target forks brings one more, and takes it with it when it ends.
+ *
+ * One thread changes the table, with the gate closed where others resolve (lib/gate.h); those look
+ * contexts up inside the gate. An index is given again to another context once it was dropped.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define MF_CONTEXT_CHUNK 64u
+#define MF_CONTEXT_CHUNKS 1024u
+#define MF_CONTEXTS_MAX (MF_CONTEXT_CHUNK * MF_CONTEXT_CHUNKS)
+
+/** struct mf_context - one address space. Owns its descriptors. */
+struct mf_context {
+    int uffd;            /**< -1: this place is free */
+    int maps_fd;         /**< its /proc/PID/maps, -1: not known */
+    bool child;          /**< came by a fork */
+    bool leaving;        /**< for its owner: it is being dropped */
+    unsigned maps_tries; /**< for its owner: maps_fd was asked for in vain so often */
+};
+
+/** struct mf_contexts - zeroed is empty. */
+struct mf_contexts {
+    uint32_t count; /**< all that are not free are below */
+    uint32_t used;
+    struct mf_context *chunk[MF_CONTEXT_CHUNKS];
+};
+
+/** mf_context_at() - Return: NULL if there is none of that number. */
+static inline struct mf_context *mf_context_at(const struct mf_contexts *contexts, uint32_t index)
+{
+    if (index >= contexts->count)
+        return 0;
+    struct mf_context *context =
+        &contexts->chunk[index / MF_CONTEXT_CHUNK][index % MF_CONTEXT_CHUNK];
+    return context->uffd >= 0 ? context : 0;
+}
+
+/** mf_context_uffd() - the userfaultfd, or -1, on which every call fails harmlessly with EBADF. */
+static inline int mf_context_uffd(const struct mf_contexts *contexts, uint32_t index)
+{
+    const struct mf_context *context = mf_context_at(contexts, index);
+    return context ? context->uffd : -1;
+}
+
+/** mf_contexts_add() - takes @uffd and @maps_fd (-1: none) over if it succeeds.
+ * Return: its index, -ENOMEM, or -EMFILE when there are MF_CONTEXTS_MAX. */
+int mf_contexts_add(struct mf_contexts *contexts, int uffd, int maps_fd, bool child);
+
+/** mf_contexts_drop() - close its descriptors and free its place. */
+void mf_contexts_drop(struct mf_contexts *contexts, uint32_t index);
+
+/** mf_contexts_free() - drop all of them, and the table's memory. */
+void mf_contexts_free(struct mf_contexts *contexts);
