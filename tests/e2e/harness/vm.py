@@ -63,19 +63,21 @@ class Vm:
                directory (hugetlbfs);
                None given: QEMU's own default.
     ram_id:    the backends are called ram0, ram1...
+    ram_options: more for each memory-backend-file, such as ",align=2M".
     balloon:   a virtio balloon, and the guest loads its driver.
     incoming:  wait for a migration instead of booting, and then for `cont` unless autostart.
     """
 
     def __init__(self, sandbox, host, name, guest="linux", accel="tcg", ram_mib=256,
                  backends=("tmpfs",), incoming=False, autostart=False, sandboxed=False, qemu=None,
-                 ram_id="ram", balloon=False, extra=()):
+                 ram_id="ram", balloon=False, extra=(), ram_options=""):
         self.sandbox = sandbox
         self.name = name
         self.guest = guest
         self.ram_mib = ram_mib
         self.ram_files = []
         self.ram_id = ram_id
+        self.ram_options = ram_options
         self.modules = balloon_modules() if balloon else ()
         directory = tempfile.mkdtemp(prefix=f"{host.side}-{name}-", dir=sandbox.path)
         self.log = os.path.join(directory, "qemu.log")
@@ -125,7 +127,8 @@ class Vm:
             path = os.path.join(directory, f"{host.side}-{self.name}-{ident}")
             share = "off" if kind == "tmpfs-private" else "on"
             arguments += ["-object",
-                          f"memory-backend-file,id={ident},share={share},mem-path={path},{size}"]
+                          f"memory-backend-file,id={ident},share={share},mem-path={path},{size}"
+                          + self.ram_options]
             self.ram_files.append(path)
         if len(backends) == 1:
             return arguments + ["-machine", f"pc,memory-backend={self.ram_id}0"]
