@@ -5,10 +5,12 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "lib/endpoint.h"
+#include "lib/process.h"
 #include "lib/util.h"
 
 int mf_control_frame(const ProtobufCMessage *message, uint8_t **frame, size_t *frame_bytes,
@@ -137,11 +139,71 @@ static int check_rounds(const Memferry__Control__MigrateRequest *migrate, struct
     return mf_control_rounds_check(&rounds, err);
 }
 
+static int check_command(const char *option, const char *text, struct mf_error *err)
+{
+    if (strlen(text) < MF_CONTROL_COMMAND_MAX_BYTES)
+        return 0;
+    return mf_fail(err, EINVAL, "the command of %s is longer than %u characters; put it in a script",
+                   option, MF_CONTROL_COMMAND_MAX_BYTES - 1);
+}
+
+static int check_process(const Memferry__Control__Process *process, bool source,
+                         struct mf_error *err)
+{
+    struct mf_choice choice;
+    if (process->pid < 2 || process->pid > INT32_MAX)
+        return mf_fail(err, EINVAL, "%u is not the id of a process that could be migrated",
+                       process->pid);
+    int rc = check_command("--pause", process->pause, err);
+    if (rc == 0)
+        rc = check_command("--save", process->save, err);
+    if (rc == 0)
+        rc = check_command("--load", process->load, err);
+    if (rc == 0)
+        rc = check_command("--resume", process->resume, err);
+    if (rc < 0)
+        return rc;
+    if (source ? !process->save[0] : !process->load[0])
+        return mf_fail(err, EINVAL, "--pid needs %s on this host: %s (a program that has no state "
+                                    "but its shared memory: %s true)",
+                       source ? "--save COMMAND" : "--load COMMAND",
+                       source ? "what writes the program's state to its standard output"
+                              : "what reads the program's state from its standard input",
+                       source ? "--save" : "--load");
+    if (process->timeout_s > MF_CONTROL_TIMEOUT_MAX_S)
+        return mf_fail(err, EINVAL, "a command's time of %u seconds is too long; 1 to %u are possible",
+                       process->timeout_s, MF_CONTROL_TIMEOUT_MAX_S);
+    if (process->n_regions > MF_CHOICES_MAX)
+        return mf_fail(err, EINVAL, "%zu regions are too many; 1 to %u are possible",
+                       process->n_regions, MF_CHOICES_MAX);
+    for (size_t i = 0; i < process->n_regions; i++) {
+        const Memferry__Control__RegionChoice *region = process->regions[i];
+        char text[sizeof(choice.name) + sizeof(choice.what) + 2];
+        int length = snprintf(text, sizeof(text), "%s=%s", region->name, region->what);
+        if (length < 0 || (size_t)length >= sizeof(text) || strchr(region->name, '='))
+            return mf_fail(err, EINVAL, "the name or the file of a region is too long");
+        rc = mf_choice_parse(text, &choice, err);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+/* One of the two says what is migrated. */
+static int check_target(const char *qmp_path, const Memferry__Control__Process *process, bool source,
+                        struct mf_error *err)
+{
+    if (process && qmp_path[0])
+        return mf_fail(err, EINVAL, "--qmp and --pid do not go together: a QEMU is driven by its QMP "
+                                    "socket, any other process by commands");
+    return process ? check_process(process, source, err) : check_path(qmp_path, err);
+}
+
 static int check_migrate(const Memferry__Control__MigrateRequest *migrate, struct mf_error *err)
 {
     int rc = check_name(migrate->name, err);
     if (rc == 0)
-        rc = check_path(migrate->qmp_path, err);
+        rc = check_target(migrate->qmp_path, migrate->process, true, err);
     if (rc < 0)
         return rc;
     size_t host_bytes = strlen(migrate->host);
@@ -163,7 +225,9 @@ static int check_request(const Memferry__Control__Request *request, struct mf_er
     switch (request->verb_case) {
     case MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE: {
         int rc = check_name(request->receive->name, err);
-        return rc < 0 ? rc : check_path(request->receive->qmp_path, err);
+        return rc < 0 ? rc
+                      : check_target(request->receive->qmp_path, request->receive->process, false,
+                                     err);
     }
     case MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE:
         return check_migrate(request->migrate, err);

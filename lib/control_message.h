@@ -20,6 +20,9 @@
 #define MF_CONTROL_ROUNDS_MAX 1000u             /**< precopy rounds that may be asked for */
 #define MF_CONTROL_SWITCH_AFTER_MAX_S 604800u   /**< a week */
 #define MF_CONTROL_BLACKOUT_MAX_MS 60000u       /**< longer, and it is no live migration */
+#define MF_CONTROL_COMMAND_MAX_BYTES 8192u      /**< a command of --pause, --save … */
+#define MF_CONTROL_TIMEOUT_DEFAULT_S 60u        /**< of such a command */
+#define MF_CONTROL_TIMEOUT_MAX_S 3600u
 /** A limit below this is a forgotten suffix: no migration would ever end. */
 #define MF_CONTROL_BANDWIDTH_MIN_BITS_S UINT64_C(64000)
 #define MF_CONTROL_BANDWIDTH_MAX_BITS_S UINT64_C(1000000000000000) /**< 1000T */

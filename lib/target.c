@@ -302,6 +302,42 @@ int mf_target_region(pid_t pid, const struct mf_vma *vmas, size_t count, const c
     return 0;
 }
 
+int mf_target_file(pid_t pid, const struct mf_vma *vma, const char *name, bool writable,
+                   struct mf_region_source *out, struct mf_error *err)
+{
+    struct wanted w = {.pid = pid, .name = name};
+    char path[96];
+    struct stat st;
+    mf_target_comm(pid, w.process, sizeof(w.process));
+    snprintf(path, sizeof(path), "/proc/%d/map_files/%llx-%llx", pid,
+             (unsigned long long)vma->start_addr, (unsigned long long)vma->end_addr);
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return mf_fail(err, ENODEV, "%s, which %s (pid %d) maps, is a device", vma->path, w.process,
+                       pid);
+    struct mf_region_source found = {.fd = -1, .device = vma->device, .inode = vma->inode};
+    snprintf(found.name, sizeof(found.name), "%s", name);
+    cleanup_close int fd = open_file(&w, vma, -1, writable, err);
+    if (fd < 0)
+        return fd;
+    int rc = classify(&w, fd, vma->path, &found, err);
+    if (rc < 0) {
+        out->kind = found.kind;
+        return rc;
+    }
+    if (fstat(fd, &st) != 0)
+        return mf_fail(err, errno, "cannot look at %s: %s", vma->path, strerror(errno));
+    found.size_bytes = (uint64_t)st.st_size;
+    if (found.size_bytes == 0 || found.size_bytes % found.page_bytes != 0)
+        return mf_fail(err, EINVAL,
+                       "%s, which %s (pid %d) maps, has %llu bytes, which is no number of pages of "
+                       "%u: give it a size in whole pages (ftruncate)",
+                       vma->path, w.process, pid, (unsigned long long)found.size_bytes,
+                       found.page_bytes);
+    found.fd = mf_steal_fd(&fd);
+    *out = found;
+    return 0;
+}
+
 int mf_target_vfio(pid_t pid)
 {
     static const char *const marks[] = {"/dev/vfio/", "/dev/vhost-vdpa", "anon_inode:[vfio"};

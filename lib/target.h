@@ -106,6 +106,17 @@ int mf_target_private(pid_t pid, const struct mf_vma *vmas, size_t count, const 
 bool mf_vma_is_private(const struct mf_vma *vma);
 
 /**
+ * mf_target_file() - open the file behind one mapping, whatever it is called.
+ * @vma:      a mapping of it, from mf_target_vmas.
+ * @name:     the region's name, for `out` and for messages.
+ * Return: 0 with @out filled (the caller closes out->fd; size and pages are the file's), or -errno:
+ * -EOPNOTSUPP, with out->kind set, for what userfaultfd can't serve, -EINVAL for a size that is not
+ * a number of pages, -ENODEV for what is no regular file (it is not opened: that may have effects).
+ */
+int mf_target_file(pid_t pid, const struct mf_vma *vma, const char *name, bool writable,
+                   struct mf_region_source *out, struct mf_error *err);
+
+/**
  * mf_target_mappings() - the target's mappings of all regions, neighbours merged.
  * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when
  * a region is mapped MAP_PRIVATE too. Private memory is taken to be where it was found: changes

@@ -65,6 +65,63 @@ static int set_qmp(struct cli_args *args, const char *value, struct mf_error *er
     return 0;
 }
 
+static int set_pid(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    uint64_t pid;
+    if (mf_number_parse(value, 2, INT32_MAX, &pid) < 0)
+        return mf_fail(err, EINVAL, "--pid '%.80s' is not the id of a process", value);
+    args->process.pid = (uint32_t)pid;
+    return 0;
+}
+
+static int take_command(const char *option, const char *value, const char **out,
+                        struct mf_error *err)
+{
+    if (!value[0])
+        return mf_fail(err, EINVAL, "%s is empty; it is a command for 'sh -c'", option);
+    if (strlen(value) >= MF_CONTROL_COMMAND_MAX_BYTES)
+        return mf_fail(err, EINVAL, "%s is longer than %u characters; put it in a script", option,
+                       MF_CONTROL_COMMAND_MAX_BYTES - 1);
+    *out = value;
+    return 0;
+}
+
+static int set_pause(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_command("--pause", value, &args->process.pause, err);
+}
+
+static int set_save(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_command("--save", value, &args->process.save, err);
+}
+
+static int set_load(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_command("--load", value, &args->process.load, err);
+}
+
+static int set_resume(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_command("--resume", value, &args->process.resume, err);
+}
+
+static int set_region(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    struct cli_process *process = &args->process;
+    struct mf_error why;
+    if (process->region_count == MF_CHOICES_MAX)
+        return mf_fail(err, EINVAL, "more than %d regions are too many", MF_CHOICES_MAX);
+    struct mf_choice *choice = &process->region[process->region_count];
+    if (mf_choice_parse(value, choice, &why) < 0)
+        return mf_fail(err, EINVAL, "--region: %s", why.text);
+    for (unsigned i = 0; i < process->region_count; i++)
+        if (strcmp(process->region[i].name, choice->name) == 0)
+            return mf_fail(err, EINVAL, "--region %s is given twice", choice->name);
+    process->region_count++;
+    return 0;
+}
+
 static int set_to(struct cli_args *args, const char *value, struct mf_error *err)
 {
     struct mf_error why;
@@ -157,6 +214,12 @@ static int set_max_blackout(struct cli_args *args, const char *value, struct mf_
                        &args->rounds.max_blackout_ms, err);
 }
 
+static int set_timeout(struct cli_args *args, const char *value, struct mf_error *err)
+{
+    return take_number("--timeout", value, " of seconds", MF_CONTROL_TIMEOUT_MAX_S,
+                       &args->process.timeout_s, err);
+}
+
 static int set_fallback(struct cli_args *args, const char *value, struct mf_error *err)
 {
     (void)value;
@@ -221,6 +284,13 @@ static const struct option {
     int (*set)(struct cli_args *args, const char *value, struct mf_error *err);
 } options[] = {
     {"--qmp", CLI_OPTION_QMP, "PATH", set_qmp},
+    {"--pid", CLI_OPTION_PID, "PID", set_pid},
+    {"--pause", CLI_OPTION_PAUSE, "COMMAND", set_pause},
+    {"--save", CLI_OPTION_SAVE, "COMMAND", set_save},
+    {"--load", CLI_OPTION_LOAD, "COMMAND", set_load},
+    {"--resume", CLI_OPTION_RESUME, "COMMAND", set_resume},
+    {"--region", CLI_OPTION_REGION, "NAME=FILE", set_region},
+    {"--timeout", CLI_OPTION_TIMEOUT, "SECONDS", set_timeout},
     {"--to", CLI_OPTION_TO, "HOST[:PORT]", set_to},
     {"--json", CLI_OPTION_JSON, NULL, set_json},
     {"--detach", CLI_OPTION_DETACH, NULL, set_detach},
@@ -281,7 +351,7 @@ static int take_option(char **argv, int *at, struct cli_args *args, unsigned *gi
         return mf_fail(err, EINVAL,
                        "'memferry %s' takes no %s; 'memferry %s --help' lists its options",
                        args->verb->word, option->word, args->verb->word);
-    if (*given & option->bit)
+    if (*given & option->bit & ~(unsigned)CLI_OPTION_REGION)
         return mf_fail(err, EINVAL, "%s is given twice", option->word);
     *given |= option->bit;
     if (!option->value) {
@@ -353,6 +423,38 @@ static int take_setting(const char *text, struct cli_args *args, struct mf_error
     return take_bandwidth(args, key, equals + 1, err);
 }
 
+/* What is moved, and that what was said about it goes together. */
+static int check_target(const struct cli_args *args, unsigned given, struct mf_error *err)
+{
+    const struct cli_verb *verb = args->verb;
+    const unsigned option = verb->required & CLI_OPTION_TO ? CLI_OPTION_SAVE : CLI_OPTION_LOAD;
+    if ((given & CLI_OPTION_QMP) && (given & CLI_OPTION_PID))
+        return mf_fail(err, EINVAL,
+                       "--qmp and --pid do not go together: a QEMU is driven by its QMP socket, any "
+                       "other process by commands");
+    if (!(given & (CLI_OPTION_QMP | CLI_OPTION_PID)) && (given & CLI_OPTIONS_PROCESS))
+        return mf_fail(err, EINVAL, "'memferry %s' needs --pid PID with these options: memferry %s %s",
+                       verb->word, verb->word, verb->usage);
+    if (!(given & (CLI_OPTION_QMP | CLI_OPTION_PID)))
+        return mf_fail(err, EINVAL,
+                       "'memferry %s' needs --qmp PATH (of a QEMU) or --pid PID (of any other "
+                       "process): memferry %s %s",
+                       verb->word, verb->word, verb->usage);
+    for (size_t i = 0; (given & CLI_OPTION_QMP) && i < OPTION_COUNT; i++)
+        if (given & options[i].bit & CLI_OPTIONS_PROCESS)
+            return mf_fail(err, EINVAL, "%s goes with --pid only: a QEMU is driven by its QMP socket",
+                           options[i].word);
+    if ((given & CLI_OPTION_PID) && !(given & option))
+        return mf_fail(err, EINVAL,
+                       "'memferry %s --pid' needs %s COMMAND, which %s the program's state%s; "
+                       "'true' if all of it is in its shared memory",
+                       verb->word, option == CLI_OPTION_SAVE ? "--save" : "--load",
+                       option == CLI_OPTION_SAVE ? "writes" : "reads",
+                       option == CLI_OPTION_SAVE ? " to its standard output"
+                                                 : " from its standard input");
+    return 0;
+}
+
 static int check_complete(const struct cli_args *args, unsigned given, struct mf_error *err)
 {
     const struct cli_verb *verb = args->verb;
@@ -364,6 +466,9 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
             return mf_fail(err, EINVAL, "'memferry %s' needs %s %s: memferry %s %s", verb->word,
                            options[i].word, options[i].value, verb->word, verb->usage);
     }
+    int rc = verb->target ? check_target(args, given, err) : 0;
+    if (rc < 0)
+        return rc;
     if (verb->settings && !args->bandwidth_given)
         return mf_fail(err, EINVAL, "'memferry %s %s' lacks what to set: memferry %s %s",
                        verb->word, args->name, verb->word, verb->usage);
@@ -374,7 +479,9 @@ int cli_parse(int argc, char **argv, const struct cli_verb *verbs, struct cli_ar
               struct mf_error *err)
 {
     *args =
-        (struct cli_args){.runtime_dir = default_runtime_dir, .rounds.mode = mf_control_mode("")};
+        (struct cli_args){.runtime_dir = default_runtime_dir,
+                          .process = {.pause = "", .save = "", .load = "", .resume = ""},
+                          .rounds.mode = mf_control_mode("")};
     unsigned given = 0;
     bool options_ended = false;
     for (int i = 1; i < argc; i++) {

@@ -11,6 +11,7 @@
 #include "lib/control_message.h"
 #include "lib/endpoint.h"
 #include "lib/error.h"
+#include "lib/process.h"
 
 /** What `memferry` leaves with: memferry(1) promises these. */
 enum cli_exit {
@@ -34,6 +35,26 @@ enum cli_option {
     CLI_OPTION_SWITCH_AFTER = 1 << 9,
     CLI_OPTION_MAX_BLACKOUT = 1 << 10,
     CLI_OPTION_FALLBACK = 1 << 11,
+    CLI_OPTION_PID = 1 << 12,
+    CLI_OPTION_PAUSE = 1 << 13,
+    CLI_OPTION_SAVE = 1 << 14,
+    CLI_OPTION_LOAD = 1 << 15,
+    CLI_OPTION_RESUME = 1 << 16,
+    CLI_OPTION_REGION = 1 << 17,
+    CLI_OPTION_TIMEOUT = 1 << 18,
+    /** What belongs to a process that is no VMM. */
+    CLI_OPTIONS_COMMANDS = CLI_OPTION_PAUSE | CLI_OPTION_SAVE | CLI_OPTION_LOAD |
+                           CLI_OPTION_RESUME | CLI_OPTION_TIMEOUT,
+    CLI_OPTIONS_PROCESS = CLI_OPTION_PID | CLI_OPTIONS_COMMANDS | CLI_OPTION_REGION,
+};
+
+/** struct cli_process - a process that is no VMM, and what drives it. Strings point into argv. */
+struct cli_process {
+    uint32_t pid; /**< 0: none was given */
+    const char *pause, *save, *load, *resume; /**< "": not given */
+    uint32_t timeout_s;                       /**< 0: not given */
+    struct mf_choice region[MF_CHOICES_MAX];
+    unsigned region_count;
 };
 
 enum cli_name { CLI_NAME_NONE, CLI_NAME_OPTIONAL, CLI_NAME_REQUIRED };
@@ -43,7 +64,8 @@ struct cli_args {
     const char *runtime_dir;
     const struct cli_verb *verb; /**< NULL with --help or --version alone */
     const char *name;            /**< NULL where the verb's name was optional and left out */
-    const char *qmp_path;        /**< as given: perhaps relative */
+    const char *qmp_path;        /**< as given: perhaps relative; NULL: none was */
+    struct cli_process process;
     struct mf_endpoint to;
     unsigned streams;                /**< 0: not given */
     struct mf_control_rounds rounds; /**< that go together; the mode is the default if not given */
@@ -59,12 +81,13 @@ struct cli_args {
  * @help:     the body of `memferry VERB --help`.
  * @settings: KEY=VALUE follows the name, at least one.
  * @allowed, @required: bits of enum cli_option.
+ * @target: it works on a VM or process: exactly one of --qmp and --pid is needed.
  * @run:      does it; the return value is an enum cli_exit.
  */
 struct cli_verb {
     const char *word, *summary, *usage, *help;
     enum cli_name name;
-    bool settings;
+    bool settings, target;
     unsigned allowed, required;
     int (*run)(const struct cli_args *args);
 };

@@ -223,12 +223,13 @@ static int follow(struct migration *m)
     }
 }
 
-static int start(struct migration *m, char *qmp_path)
+static int start(struct migration *m, const struct verb_target *target)
 {
     const struct cli_args *args = m->args;
     Memferry__Control__MigrateRequest migrate = MEMFERRY__CONTROL__MIGRATE_REQUEST__INIT;
     migrate.name = (char *)args->name;
-    migrate.qmp_path = qmp_path;
+    migrate.qmp_path = target->qmp_path;
+    migrate.process = target->process_p;
     migrate.host = (char *)args->to.host;
     migrate.port = args->to.port;
     migrate.keep_source = args->keep_source;
@@ -254,10 +255,11 @@ int verb_migrate(const struct cli_args *args)
 {
     struct migration m = {.args = args, .watch.fd = -1, .cancel.fd = -1, .signal_fd = -1};
     progress_open(&m.progress, !args->json && !args->detach);
-    cleanup_free char *qmp_path = NULL;
+    struct verb_target target;
     struct mf_error err;
-    if (cli_absolute(args->qmp_path, &qmp_path, &err) < 0)
+    if (verb_target(args, &target, &err) < 0)
         return leave(&m, CLI_FAILED, err.text);
+    cleanup_free char *qmp_path = target.qmp_path;
 
     sigset_t signals;
     sigemptyset(&signals);
@@ -268,7 +270,7 @@ int verb_migrate(const struct cli_args *args)
     if (m.signal_fd < 0)
         return leave(&m, CLI_FAILED, "cannot watch for Ctrl-C: the kernel refuses a signalfd");
 
-    int code = start(&m, qmp_path);
+    int code = start(&m, &target);
     if (m.latest)
         memferry__control__reply__free_unpacked(m.latest, NULL);
     client_close(&m.watch);

@@ -42,7 +42,7 @@ static json_t *session_json(const Session *s, const char *role, const char *stat
     const Memferry__Control__Faults *faults = s->faults ? s->faults : &none;
     return json_pack(
         "{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:f, s:f, s:f, s:f}, "
-        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "name", show_json_text(s->name), "id", show_json_text(s->id), "role", text_or_null(role),
         "state", text_or_null(state), "reason", show_json_text(s->reason), "ram_bytes",
         unsigned_json(s->ram_bytes), "blackout_us", unsigned_json(s->blackout_us), "total_us",
@@ -55,7 +55,8 @@ static json_t *session_json(const Session *s, const char *role, const char *stat
         unsigned_json(s->precopy_bytes), "postcopy_bytes", unsigned_json(s->postcopy_bytes),
         "dirty_pages_at_switch", unsigned_json(s->dirty_pages_at_switch), "dirty_rate_pages_s",
         unsigned_json(s->dirty_rate_pages_s), "unconfirmed_at_release",
-        unsigned_json(s->unconfirmed_at_release));
+        unsigned_json(s->unconfirmed_at_release), "adapter", show_json_text(s->adapter), "pid",
+        unsigned_json(s->pid));
 }
 
 json_t *show_json_session(const Session *session)
@@ -180,6 +181,9 @@ void show_status(const Session *s)
         printf("  other side      %s\n", s->peer);
     if (s->id[0])
         printf("  session         %s\n", s->id);
+    if (s->pid)
+        printf("  %s         %u\n", strcmp(s->adapter, "process") == 0 ? "process" : "VM     ",
+               s->pid);
     if (s->mode[0])
         printf("  mode            %s\n", s->mode);
     if (s->ram_bytes)

@@ -1,32 +1,49 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "daemon/memferry/verbs.h"
 
+#include <errno.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "daemon/memferry/client.h"
 #include "daemon/memferry/show.h"
+
+#define PROCESS_HELP                                                                               \
+    "  --pid PID         a process that is no QEMU; all memory that it maps shared and\n"           \
+    "                    writable from tmpfs, memfd or hugetlbfs is migrated, and these\n"          \
+    "                    commands for 'sh -c' do the rest (see memferry(1)):\n"                     \
+    "  --pause COMMAND   source: have the program stand still (default: SIGSTOP)\n"                 \
+    "  --save COMMAND    source: write its state to the standard output\n"                          \
+    "  --load COMMAND    destination: read its state from the standard input\n"                     \
+    "  --resume COMMAND  let it go on, on the host where it belongs (default: SIGCONT)\n"           \
+    "  --region NAME=FILE\n"                                                                        \
+    "                    migrate only this memory, under this name; may be repeated.\n"             \
+    "                    FILE: a path, memfd:NAME, or an address in it (0x...)\n"                   \
+    "  --timeout SECONDS how long a command may take (default: 60)\n"
 
 const struct cli_verb cli_verbs[] = {
     {
         .word = "receive",
         .summary = "arm a VM that waits here for its memory (on the destination)",
-        .usage = "NAME --qmp PATH",
+        .usage = "NAME --qmp PATH | --pid PID --load COMMAND [OPTION...]",
         .help = "Arms a QEMU that was started with '-S -incoming defer', so that\n"
-                "'memferry migrate NAME' on another host can move a guest into it.\n"
+                "'memferry migrate NAME' on another host can move a guest into it; or any\n"
+                "other process, which maps the same shared memory and waits.\n"
                 "Returns once it is armed.\n"
                 "\n"
-                "  --qmp PATH  its QMP socket: '-qmp unix:PATH,server=on,wait=off' of QEMU\n",
+                "  --qmp PATH  its QMP socket: '-qmp unix:PATH,server=on,wait=off' of QEMU\n"
+                "\n" PROCESS_HELP,
         .name = CLI_NAME_REQUIRED,
-        .allowed = CLI_OPTION_QMP,
-        .required = CLI_OPTION_QMP,
+        .allowed = CLI_OPTION_QMP | CLI_OPTIONS_PROCESS,
+        .target = true,
         .run = verb_receive,
     },
     {
         .word = "migrate",
         .summary = "move a running VM to another host (on the source)",
-        .usage = "NAME --qmp PATH --to HOST[:PORT] [OPTION...]",
-        .help = "Moves the guest of a running QEMU to the VM that 'memferry receive NAME'\n"
-                "has armed on HOST, shows how far it is, and ends once all memory is there.\n"
+        .usage = "NAME --qmp PATH | --pid PID --save COMMAND --to HOST[:PORT] [OPTION...]",
+        .help = "Moves the guest of a running QEMU, or the work of any other process, to the\n"
+                "one that 'memferry receive NAME' has armed on HOST, shows how far it is, and ends once all memory is there.\n"
                 "Ctrl-C cancels as long as the guest can go on here; afterwards it leaves\n"
                 "the migration running by itself.\n"
                 "\n"
@@ -58,13 +75,15 @@ const struct cli_verb cli_verbs[] = {
                 "  --keep-source     leave the QEMU here paused at the end, instead of\n"
                 "                    having it quit\n"
                 "  --streams N       connections for the memory, 1 to 16 (default:\n"
-                "                    memferryd's setting)\n",
+                "                    memferryd's setting)\n"
+                "\n" PROCESS_HELP,
         .name = CLI_NAME_REQUIRED,
-        .allowed = CLI_OPTION_QMP | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
+        .allowed = CLI_OPTION_QMP | CLI_OPTIONS_PROCESS | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
                    CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS | CLI_OPTION_MODE |
                    CLI_OPTION_BANDWIDTH | CLI_OPTION_MAX_ROUNDS | CLI_OPTION_SWITCH_AFTER |
                    CLI_OPTION_MAX_BLACKOUT | CLI_OPTION_FALLBACK,
-        .required = CLI_OPTION_QMP | CLI_OPTION_TO,
+        .required = CLI_OPTION_TO,
+        .target = true,
         .run = verb_migrate,
     },
     {
@@ -115,14 +134,18 @@ const struct cli_verb cli_verbs[] = {
     {
         .word = "check",
         .summary = "is this host able? what is missing, and how to get it",
-        .usage = "[--json]",
+        .usage = "[--pid PID [--region NAME=FILE]...] [--json]",
         .help = "Looks at the kernel's features one by one, the permissions and the memory\n"
                 "of this host. Works without memferryd; run it as root, as memferryd runs.\n"
                 "Exits with 0 if this host is able, with 1 if something is missing.\n"
+                "With --pid, looks instead at what of a process's memory would be migrated,\n"
+                "and what is left to its own commands.\n"
                 "\n"
-                "  --json  one JSON object\n",
+                "  --pid PID           the process\n"
+                "  --region NAME=FILE  as for 'memferry migrate'\n"
+                "  --json              one JSON object\n",
         .name = CLI_NAME_NONE,
-        .allowed = CLI_OPTION_JSON,
+        .allowed = CLI_OPTION_JSON | CLI_OPTION_PID | CLI_OPTION_REGION,
         .run = verb_check,
     },
     {
@@ -155,6 +178,35 @@ int verb_fail(const struct cli_args *args, int code, const char *sentence)
         show_json(
             json_pack("{s:n, s:{}, s:o}", "able", "checks", "reason", show_json_text(sentence)));
     return verb_complain(code, sentence);
+}
+
+int verb_target(const struct cli_args *args, struct verb_target *out, struct mf_error *err)
+{
+    const struct cli_process *process = &args->process;
+    out->process_p = NULL;
+    out->qmp_path = NULL;
+    if (args->qmp_path)
+        return cli_absolute(args->qmp_path, &out->qmp_path, err);
+    out->qmp_path = strdup("");
+    if (!out->qmp_path)
+        return mf_fail(err, ENOMEM, "out of memory");
+    memferry__control__process__init(&out->process);
+    out->process.pid = process->pid;
+    out->process.pause = (char *)(uintptr_t)process->pause;
+    out->process.save = (char *)(uintptr_t)process->save;
+    out->process.load = (char *)(uintptr_t)process->load;
+    out->process.resume = (char *)(uintptr_t)process->resume;
+    out->process.timeout_s = process->timeout_s;
+    for (unsigned i = 0; i < process->region_count; i++) {
+        memferry__control__region_choice__init(&out->region[i]);
+        out->region[i].name = (char *)(uintptr_t)process->region[i].name;
+        out->region[i].what = (char *)(uintptr_t)process->region[i].what;
+        out->region_p[i] = &out->region[i];
+    }
+    out->process.regions = out->region_p;
+    out->process.n_regions = process->region_count;
+    out->process_p = &out->process;
+    return 0;
 }
 
 int verb_reply_code(const Memferry__Control__Reply *reply)

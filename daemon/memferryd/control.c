@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "daemon/memferryd/control_socket.h"
+#include "daemon/memferryd/vmm.h"
 #include "lib/control_message.h"
 #include "lib/log.h"
 #include "lib/util.h"
@@ -356,10 +357,51 @@ static void serve_watch(struct client *client, const char *name)
     follow(client, session);
 }
 
+/** struct named_target - what a request says about the VM or process, and room for its regions. */
+struct named_target {
+    struct vmm_target target;
+    struct mf_choice choices[MF_CHOICES_MAX];
+};
+
+static const struct vmm_target *name_target(struct named_target *named, const char *qmp_path,
+                                            const Memferry__Control__Process *process)
+{
+    named->target = (struct vmm_target){.qmp_path = process ? NULL : qmp_path};
+    if (!process)
+        return &named->target;
+    named->target = (struct vmm_target){
+        .pid = (pid_t)process->pid,
+        .pause = process->pause,
+        .save = process->save,
+        .load = process->load,
+        .resume = process->resume,
+        .timeout_s = process->timeout_s ? process->timeout_s : MF_CONTROL_TIMEOUT_DEFAULT_S,
+        .choices = named->choices,
+        .choice_count = (unsigned)process->n_regions,
+    };
+    for (size_t i = 0; i < process->n_regions; i++) {
+        snprintf(named->choices[i].name, sizeof(named->choices[i].name), "%s",
+                 process->regions[i]->name);
+        snprintf(named->choices[i].what, sizeof(named->choices[i].what), "%s",
+                 process->regions[i]->what);
+    }
+    return &named->target;
+}
+
+static void serve_receive(struct client *client, const Memferry__Control__ReceiveRequest *receive)
+{
+    struct named_target named;
+    session_receive(client->control->daemon, receive->name,
+                    name_target(&named, receive->qmp_path, receive->process),
+                    wait_for(client, receive->name));
+}
+
 static void serve_migrate(struct client *client, const Memferry__Control__MigrateRequest *migrate)
 {
+    struct named_target named;
     struct migrate_options options = {.name = migrate->name,
-                                      .qmp_path = migrate->qmp_path,
+                                      .target =
+                                          name_target(&named, migrate->qmp_path, migrate->process),
                                       .host = migrate->host,
                                       .port = (uint16_t)migrate->port,
                                       .streams = migrate->streams,
@@ -382,8 +424,7 @@ static void serve(struct client *client, const Memferry__Control__Request *reque
     bufferevent_set_timeouts(client->bev, NULL, NULL);
     switch (request->verb_case) {
     case MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE:
-        session_receive(daemon, request->receive->name, request->receive->qmp_path,
-                        wait_for(client, request->receive->name));
+        serve_receive(client, request->receive);
         return;
     case MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE:
         serve_migrate(client, request->migrate);

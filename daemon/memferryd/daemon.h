@@ -15,6 +15,7 @@
 
 struct session;
 struct daemon;
+struct vmm_target;
 
 /* ---- config.c: the configuration file (memferryd(8)) and the command line ---- */
 
@@ -66,11 +67,12 @@ struct session_waiter {
 };
 
 /** session_receive() - arm a destination; done when the VM is armed or refused. */
-void session_receive(struct daemon *daemon, const char *name, const char *qmp_path,
+void session_receive(struct daemon *daemon, const char *name, const struct vmm_target *target,
                      struct session_waiter waiter);
 
 struct migrate_options {
-    const char *name, *qmp_path, *host;
+    const char *name, *host;
+    const struct vmm_target *target;
     uint16_t port;    /**< 0: default */
     unsigned streams; /**< 0: the configuration's */
     bool keep_source;

@@ -16,6 +16,11 @@
 
 static int track(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
+    if (info->direct_io[0] && session_vmm_ops(session) == &vmm_process)
+        return mf_fail(err, ENOTSUP,
+                       "it holds %s, and what is read through that into memory is not seen as "
+                       "written",
+                       info->direct_io);
     if (info->direct_io[0])
         return mf_fail(err, ENOTSUP,
                        "its drive %s bypasses the page cache (cache.direct=on), and what such a "

@@ -155,8 +155,12 @@ unsigned session_exit_code(const struct session *session)
 
 const struct vmm_ops *session_vmm_ops(const struct session *session)
 {
-    (void)session;
-    return &vmm_qemu;
+    return session->vmm_ops;
+}
+
+const char *session_noun(const struct session *session)
+{
+    return session->vmm_ops->noun;
 }
 
 /* ---- what became of sessions that are gone ---- */
@@ -212,7 +216,8 @@ static void destroy_later(evutil_socket_t fd, short what, void *arg)
 }
 
 /* A new session under @name; one that has ended makes room. NULL: refused, the waiter is told. */
-static struct session *create(struct daemon *daemon, const char *name, enum mf_role role,
+static struct session *create(struct daemon *daemon, const char *name,
+                              const struct vmm_target *target, enum mf_role role,
                               struct session_waiter waiter)
 {
     struct session *old = session_find(daemon, name);
@@ -234,11 +239,12 @@ static struct session *create(struct daemon *daemon, const char *name, enum mf_r
     }
     s->daemon = daemon;
     snprintf(s->name, sizeof(s->name), "%s", name);
+    s->vmm_ops = target->qmp_path ? &vmm_qemu : &vmm_process;
     s->role = role;
     s->state = role == MF_SOURCE ? MF_S_CONNECTING : MF_D_WAITING;
     s->starting = true;
     s->pagemap_fd = s->populated_fd = -1;
-    s->pidfd = s->uffd = s->remote_uffd = s->file_fd = -1;
+    s->pidfd = s->uffd = s->remote_uffd = s->file_fd = s->device_peer_fd = -1;
     s->started_ns = mf_now_ns();
     s->streams = daemon_config(daemon)->streams;
     wait_in(&s->start_waiters, waiter);
@@ -293,6 +299,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
         return;
     }
     s->guest_was_running = info->was_running;
+    s->state_s = info->state_s;
     if (target_find(s, info, &err) < 0 || precopy_setup(s, info, &err) < 0) {
         session_reject(s, "%s", err.text);
         return;
@@ -310,28 +317,28 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
         session_reject(s, "%s", err.text);
 }
 
-static void open_vmm(struct session *s, const char *qmp_path)
+static void open_vmm(struct session *s, const struct vmm_target *target)
 {
     const struct vmm_callbacks callbacks = {.probed = on_probed, .event = session_on_vmm, .arg = s};
     struct mf_error err;
-    if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, qmp_path,
+    if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, target,
                                  s->role == MF_SOURCE ? VMM_SOURCE : VMM_DESTINATION, &callbacks,
                                  &s->vmm, &err) < 0)
         session_reject(s, "%s", err.text);
 }
 
-void session_receive(struct daemon *daemon, const char *name, const char *qmp_path,
+void session_receive(struct daemon *daemon, const char *name, const struct vmm_target *target,
                      struct session_waiter waiter)
 {
-    struct session *s = create(daemon, name, MF_DESTINATION, waiter);
+    struct session *s = create(daemon, name, target, MF_DESTINATION, waiter);
     if (s)
-        open_vmm(s, qmp_path);
+        open_vmm(s, target);
 }
 
 void session_migrate(struct daemon *daemon, const struct migrate_options *options,
                      struct session_waiter waiter)
 {
-    struct session *s = create(daemon, options->name, MF_SOURCE, waiter);
+    struct session *s = create(daemon, options->name, options->target, MF_SOURCE, waiter);
     if (!s)
         return;
     snprintf(s->host, sizeof(s->host), "%s", options->host);
@@ -359,7 +366,7 @@ void session_migrate(struct daemon *daemon, const struct migrate_options *option
         return;
     }
     session_set_id(s, id);
-    open_vmm(s, options->qmp_path);
+    open_vmm(s, options->target);
 }
 
 /* ---- cancelling and forgetting ---- */
@@ -545,4 +552,6 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
     out->released = session->released;
     out->guest_safe_at_source = !session->released;
     out->peer = session->peer;
+    out->adapter = (char *)(uintptr_t)session->vmm_ops->name;
+    out->pid = (uint32_t)session->pid;
 }

@@ -62,7 +62,10 @@ struct session {
     bool guest_was_running; /**< before the migration: then it shall run after it */
 
     /* The VMM and the target process. */
+    const struct vmm_ops *vmm_ops;
     struct vmm *vmm;
+    unsigned state_s;   /**< vmm_info's: how long the device state may take */
+    int device_peer_fd; /**< destination: the mover's end of the device stream, until it is loaded */
     pid_t pid;
     int pidfd;
     struct event *pidfd_event;
@@ -131,6 +134,8 @@ void session_read_figures(struct session *session);
 /** session_set_id() - as bytes and as text. */
 void session_set_id(struct session *session, const uint8_t id[MF_SESSION_ID_BYTES]);
 const struct vmm_ops *session_vmm_ops(const struct session *session);
+/** session_noun() - what messages call the target: "VM" or "process". */
+const char *session_noun(const struct session *session);
 /** sessions_stop() - SIGTERM: cancel what can be cancelled. Return: how many sessions must go on.
  */
 unsigned sessions_stop(struct daemon *daemon);

@@ -53,6 +53,13 @@ static void tell_peer_abort(struct session *session)
         connector_abandon(session, told ? ABANDON_AGAIN_S : 0);
 }
 
+static void close_device_peer(struct session *session)
+{
+    if (session->device_peer_fd >= 0)
+        close(session->device_peer_fd);
+    session->device_peer_fd = -1;
+}
+
 /* Hand the VMM one end of a socket pair and the mover the other. */
 static void start_vmm(struct session *session)
 {
@@ -69,7 +76,14 @@ static void start_vmm(struct session *session)
     else
         session_vmm_ops(session)->start_incoming(session->vmm, pair[0]);
     close(pair[0]);
-    close(pair[1]);
+    /* A destination's mover that dies must not look like the end of the state: the stream ends when
+     * the mover says so, or with the session. */
+    if (session->role == MF_DESTINATION) {
+        close_device_peer(session);
+        session->device_peer_fd = pair[1];
+    } else {
+        close(pair[1]);
+    }
 }
 
 static void reconnect_now(evutil_socket_t fd, short what, void *arg)
@@ -104,14 +118,14 @@ static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
     (void)fd;
     (void)what;
     if (session->state == MF_S_CONNECTING) {
-        session_set_reason(session, "the destination's VM did not get ready within %d s",
-                           READY_TIMEOUT_S);
+        session_set_reason(session, "the destination's %s did not get ready within %d s",
+                           session_noun(session), READY_TIMEOUT_S);
         session_event(session, MF_EV_VMM_FAILED);
         return;
     }
     if (session->role == MF_SOURCE && !session->released) {
-        session_set_reason(session, "the destination did not take over within %d s",
-                           SWITCHOVER_TIMEOUT_S);
+        session_set_reason(session, "the destination did not take over within %u s",
+                           SWITCHOVER_TIMEOUT_S + session->state_s);
         session_event(session, MF_EV_VMM_FAILED);
         return;
     }
@@ -121,8 +135,8 @@ static void on_vm_timer(evutil_socket_t fd, short what, void *arg)
         return;
     }
     if (!session->target_exited && !session->keep_source)
-        mf_log(MF_LOG_WARNING, "%s: the VM (pid %d) was told to quit and has not; end it by hand",
-               session->name, (int)session->pid);
+        mf_log(MF_LOG_WARNING, "%s: the %s (pid %d) was told to quit and has not; end it by hand",
+               session->name, session_noun(session), (int)session->pid);
     session_event(session, MF_EV_VMM_GONE);
 }
 
@@ -177,6 +191,7 @@ void session_end(struct session *session)
     if (session->vmm)
         session_vmm_ops(session)->close(session->vmm);
     session->vmm = NULL;
+    close_device_peer(session);
     target_let_go(session);
     mf_session_file_unmap(&session->view);
     if (session->file_fd >= 0)
@@ -229,12 +244,14 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         start_vmm(session);
         break;
     case MF_ACT_FINISH_VMM:
-        arm_vm_timer(session, SWITCHOVER_TIMEOUT_S);
+        arm_vm_timer(session, SWITCHOVER_TIMEOUT_S + session->state_s);
         session_vmm_ops(session)->finish_outgoing(session->vmm);
         break;
     case MF_ACT_RELEASE:
         /* Noted before it is sent: from here on this host never runs the guest again (I6). */
         session->released = true;
+        if (session_vmm_ops(session)->released)
+            session_vmm_ops(session)->released(session->vmm);
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_RELEASE);
         disarm_vm_timer(session);
         session_read_figures(session);
@@ -256,6 +273,7 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_READY);
         break;
     case MF_ACT_SEND_LOADED:
+        close_device_peer(session);
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_LOADED);
         break;
     case MF_ACT_START_GUEST:

@@ -30,12 +30,13 @@ static void on_target_exit(evutil_socket_t fd, short what, void *arg)
     session->target_exited = true;
     event_del(session->pidfd_event);
     if (session->starting) {
-        session_reject(session, "the VM of %s ended while it was being prepared", session->name);
+        session_reject(session, "the %s of %s ended while it was being prepared",
+                       session_noun(session), session->name);
         return;
     }
     if (!session_ended(session) && !session->released)
-        session_set_reason(session, "the VM of %s (pid %d) ended on this host", session->name,
-                           (int)session->pid);
+        session_set_reason(session, "the %s of %s (pid %d) ended on this host",
+                           session_noun(session), session->name, (int)session->pid);
     session_event(session, MF_EV_TARGET_EXITED);
 }
 
@@ -43,12 +44,13 @@ static int watch(struct session *session, struct mf_error *err)
 {
     session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
     if (session->pidfd < 0)
-        return mf_fail(err, errno, "cannot watch the VM of %s (pid %d): %s", session->name,
-                       (int)session->pid, strerror(errno));
+        return mf_fail(err, errno, "cannot watch the %s of %s (pid %d): %s", session_noun(session),
+                       session->name, (int)session->pid, strerror(errno));
     session->pidfd_event = event_new(daemon_base(session->daemon), session->pidfd,
                                      EV_READ | EV_PERSIST, on_target_exit, session);
     if (!session->pidfd_event || event_add(session->pidfd_event, NULL) != 0)
-        return mf_fail(err, ENOMEM, "cannot watch the VM of %s: out of memory", session->name);
+        return mf_fail(err, ENOMEM, "cannot watch the %s of %s: out of memory",
+                       session_noun(session), session->name);
     return 0;
 }
 
@@ -57,13 +59,43 @@ static int by_id(const void *a, const void *b)
     return strcmp(((const struct vmm_backend *)a)->id, ((const struct vmm_backend *)b)->id);
 }
 
+/* The file that the adapter pointed at, opened through a mapping of it. The process may change its
+ * mappings meanwhile: then it is looked at again. */
+static int open_known(const struct session *session, const struct vmm_backend *backend,
+                      struct mf_region_source *region, struct mf_error *err)
+{
+    int r = -ESTALE;
+    for (unsigned tries = 0; tries < 20 && (r == -ESTALE || r == -ENOENT); tries++) {
+        cleanup_free struct mf_vma *vmas = NULL;
+        const struct mf_vma *found = NULL;
+        size_t count = 0;
+        r = mf_target_vmas(session->pid, &vmas, &count, err);
+        if (r < 0)
+            return r;
+        for (size_t i = 0; i < count && !found; i++)
+            if (vmas[i].shared && vmas[i].inode == backend->inode &&
+                vmas[i].device == backend->device)
+                found = &vmas[i];
+        r = found ? mf_target_file(session->pid, found, backend->id,
+                                   session->role == MF_DESTINATION, region, err)
+                  : mf_fail(err, ENOENT, "the process of %s does not map %s any more",
+                            session->name, backend->path);
+    }
+    if (r == 0 && region->size_bytes != backend->size_bytes) {
+        close(region->fd);
+        r = mf_fail(err, ESTALE, "%s of %s changes its size: try again", backend->path,
+                    session->name);
+    }
+    return r;
+}
+
 /* Both hosts number the regions in the order of their names. */
 static int find_regions(struct session *session, const struct vmm_info *info,
                         const struct mf_vma *vmas, size_t vma_count, struct mf_error *err)
 {
     if (info->backend_count == 0 || info->backend_count > MF_REGIONS_MAX)
-        return mf_fail(err, ENOTSUP, "the VM of %s has %u memory backends; 1 to %u can be migrated",
-                       session->name, info->backend_count, MF_REGIONS_MAX);
+        return mf_fail(err, ENOTSUP, "the %s of %s has %u memory backends; 1 to %u can be migrated",
+                       session_noun(session), session->name, info->backend_count, MF_REGIONS_MAX);
     cleanup_free struct vmm_backend *backends = calloc(info->backend_count, sizeof(*backends));
     if (!backends)
         return mf_fail(err, ENOMEM, "out of memory");
@@ -72,9 +104,11 @@ static int find_regions(struct session *session, const struct vmm_info *info,
     for (unsigned i = 0; i < info->backend_count; i++) {
         struct mf_region_source *region = &session->region[i];
         region->fd = -1;
-        int r =
-            mf_target_region(session->pid, vmas, vma_count, backends[i].id, backends[i].path,
-                             backends[i].size_bytes, session->role == MF_DESTINATION, region, err);
+        int r = backends[i].inode
+                    ? open_known(session, &backends[i], region, err)
+                    : mf_target_region(session->pid, vmas, vma_count, backends[i].id,
+                                       backends[i].path, backends[i].size_bytes,
+                                       session->role == MF_DESTINATION, region, err);
         if (r < 0)
             return r;
         session->region_count = i + 1;
@@ -89,9 +123,9 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
     char who[128];
     if (mf_target_vfio(session->pid) > 0)
         return mf_fail(err, ENOTSUP,
-                       "the VM of %s has a device passed through (VFIO or vDPA): its memory is "
+                       "the %s of %s has a device passed through (VFIO or vDPA): its memory is "
                        "pinned and written behind the host's back; detach the device first",
-                       session->name);
+                       session_noun(session), session->name);
     if (mf_target_foreign(session->pid, session->region, session->region_count, who, sizeof(who)) >
         0)
         return mf_fail(err, ENOTSUP,
@@ -151,7 +185,8 @@ static int arm(struct session *session, struct mf_error *err)
     if (count < 0)
         return count;
     if (count == 0)
-        return mf_fail(err, ENOENT, "the VM of %s does not map its memory", session->name);
+        return mf_fail(err, ENOENT, "the %s of %s does not map its memory",
+                       session_noun(session), session->name);
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
@@ -174,7 +209,8 @@ int target_track(struct session *session, struct mf_error *err)
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
     if (count <= 0)
-        return count < 0 ? count : mf_fail(err, ENOENT, "the VM does not map its memory");
+        return count < 0 ? count : mf_fail(err, ENOENT, "the %s does not map its memory",
+                                           session_noun(session));
     session->pagemap_fd = mf_pagemap_open((int)session->pid, err);
     if (session->pagemap_fd < 0)
         return session->pagemap_fd;
@@ -271,8 +307,8 @@ void target_stop_watching(struct session *session)
     session->uffd = -1;
     if (session->remote_uffd >= 0 && !session->target_exited &&
         mf_inject_close(session->pid, session->remote_uffd, &err) < 0)
-        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the VM: %s", session->name,
-               err.text);
+        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
+               session_noun(session), err.text);
     session->remote_uffd = -1;
     if (session->pagemap_fd >= 0)
         close(session->pagemap_fd);

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The VMM adapter: what memferryd needs of a virtual machine monitor, behind one narrow table.
+ * The VMM adapter: what memferryd needs of a virtual machine monitor, behind one narrow table. Of
+ * any other process too: what the table calls a VMM and its guest may be a program and its work.
  *
  * An adapter is a libevent citizen: every function returns at once, what comes of it is told by a
  * callback from the event loop. Callbacks never run inside the call that caused them. All functions
  * run on the event-loop thread. A callback may call any function of the table, vmm_close included.
  *
  * Order of use, source:      open → probed → start_outgoing → VMM_PAUSED → finish_outgoing →
- *                            VMM_COMPLETED → (RELEASE) → quit → VMM_GONE → close.
+ *                            VMM_COMPLETED → released → (RELEASE) → quit → VMM_GONE → close.
  * Order of use, destination: open → probed → start_incoming → VMM_INCOMING → VMM_LOADED →
  *                            (RELEASE) → resume → VMM_RUNNING → close.
  * Before VMM_COMPLETED's RELEASE, return_guest undoes everything on the source → VMM_RETURNED.
@@ -20,6 +21,7 @@
 #include <sys/types.h>
 
 #include "lib/error.h"
+#include "lib/process.h"
 
 enum vmm_role { VMM_SOURCE, VMM_DESTINATION };
 
@@ -44,18 +46,36 @@ struct vmm_backend {
     char path[4096]; /**< mem-path as the VMM has it: a file or a directory, in ITS mount namespace
                       */
     uint64_t size_bytes;
+    /** Where the adapter knows the file itself (@inode is not 0), which makes @path a word for
+     * messages. */
+    dev_t device;
+    ino_t inode;
+};
+
+/** struct vmm_target - what an operator said about the VMM or process. Strings are borrowed; an
+ * adapter copies what it keeps. */
+struct vmm_target {
+    const char *qmp_path; /**< a QEMU: its control socket; NULL: a process */
+    pid_t pid;            /**< a process, and the commands that drive it: NULL or "" where none */
+    const char *pause, *save, *load, *resume;
+    unsigned timeout_s; /**< how long a command may take */
+    const struct mf_choice *choices;
+    unsigned choice_count;
 };
 
 /** struct vmm_info - what probing found. Owned by the adapter, valid until vmm_close. */
 struct vmm_info {
-    pid_t pid;        /**< from SO_PEERCRED of the socket */
+    pid_t pid;        /**< QEMU: from SO_PEERCRED of the socket */
     char version[64]; /**< e.g. "QEMU 7.2.22" */
     bool was_running; /**< source: the guest ran when probed. A paused guest arrives paused. */
     /** A drive whose reads go into guest memory past the processor (O_DIRECT), "" if there is none.
      * The kernel pins the pages when such a read begins and does not see the bytes arrive, so a
      * page that was write-protected in between would count as unwritten: writes can't be tracked.
      */
-    char direct_io[64];
+    char direct_io[192];
+    /** How long the device state may take to get from the source's VMM into the destination's; 0:
+     * as long as memferryd's own limit for the switchover. */
+    unsigned state_s;
     unsigned backend_count;
     struct vmm_backend *backends;
 };
@@ -74,13 +94,14 @@ struct vmm_callbacks {
 };
 
 struct vmm_ops {
-    const char *name; /**< "qemu" */
+    const char *name; /**< "qemu", "process" */
+    const char *noun; /**< what messages call the target: "VM", "process" */
 
-    /** open() - connect to the VMM's control socket at @path and probe it (nothing is changed in
-     * it).
+    /** open() - find @target and probe it (nothing is changed in it).
      *  @vm_name: for messages. Return: 0 (probed will follow) or -errno with @err. */
-    int (*open)(struct event_base *base, const char *vm_name, const char *path, enum vmm_role role,
-                const struct vmm_callbacks *callbacks, struct vmm **out, struct mf_error *err);
+    int (*open)(struct event_base *base, const char *vm_name, const struct vmm_target *target,
+                enum vmm_role role, const struct vmm_callbacks *callbacks, struct vmm **out,
+                struct mf_error *err);
 
     /** start_outgoing() - configure and start the migration of device state into @device_fd (a
      *  connected AF_UNIX stream socket, duplicated to the VMM; the caller keeps its own and may
@@ -94,6 +115,10 @@ struct vmm_ops {
      * changed, let the guest run again if it ran before. Later VMM_RETURNED (or VMM_FAILED if it
      * can't be). */
     void (*return_guest)(struct vmm *vmm);
+
+    /** released() - source: RELEASE is about to be given; from here on the guest is never to run
+     * here again, whatever becomes of memferryd. NULL: there is nothing to do. */
+    void (*released)(struct vmm *vmm);
 
     /** quit() - source, after the session has drained: end the VMM. Later VMM_GONE. */
     void (*quit)(struct vmm *vmm);
@@ -112,3 +137,5 @@ struct vmm_ops {
 
 /** The QEMU adapter (QMP). */
 extern const struct vmm_ops vmm_qemu;
+/** The adapter for any other process, driven by commands (process/). */
+extern const struct vmm_ops vmm_process;

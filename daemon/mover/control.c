@@ -133,6 +133,16 @@ void control_send_round_landed(struct mover *mover, uint32_t round)
     control_send(mover, &message);
 }
 
+void control_send_device_end(struct mover *mover, uint64_t bytes)
+{
+    Memferry__Peer__DeviceEnd end = MEMFERRY__PEER__DEVICE_END__INIT;
+    Memferry__Peer__Message message = MEMFERRY__PEER__MESSAGE__INIT;
+    end.bytes = bytes;
+    message.body_case = MEMFERRY__PEER__MESSAGE__BODY_DEVICE_END;
+    message.device_end = &end;
+    control_send(mover, &message);
+}
+
 void control_send_abort(struct mover *mover, const char *reason, bool cancelled)
 {
     Memferry__Peer__Abort abort_message = MEMFERRY__PEER__ABORT__INIT;
@@ -425,6 +435,9 @@ static void on_message(struct mover *mover, const Memferry__Peer__Message *messa
         tell.cancelled = message->abort->cancelled != 0;
         copy_text(tell.text, sizeof(tell.text), message->abort->reason);
         mover_tell(mover, &tell);
+        break;
+    case MEMFERRY__PEER__MESSAGE__BODY_DEVICE_END:
+        tunnel_expect(mover, message->device_end->bytes);
         break;
     default:
         link_fail(mover, "the peer sent a message that this version does not know");

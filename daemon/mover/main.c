@@ -173,7 +173,7 @@ static void serve(struct mover *mover)
         }
         /* The device stream first: it is what a paused guest waits for. */
         if (wait[3].revents || wait[4].revents)
-            tunnel_pump(&mover->tunnel);
+            tunnel_pump(mover);
         if (wait[2].revents & POLLOUT)
             control_writable(mover);
         if (wait[2].revents & (POLLIN | POLLHUP | POLLERR))

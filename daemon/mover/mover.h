@@ -45,9 +45,14 @@ struct tunnel {
     struct {
         uint8_t *data;
         size_t have, sent;
-        bool eof; /**< nothing more comes from fd[i]; passed on once `have` is sent */
+        uint64_t read_bytes; /**< so far */
+        bool closed;         /**< nothing more can be read from fd[i] */
+        bool eof;            /**< and that was its end; passed on once `have` is sent */
         bool shut;
     } from[2];
+    uint64_t peer_bytes; /**< what the peer's end of the stream will have brought, when it is told */
+    bool peer_told;      /**< it was told */
+    bool told;           /**< the peer was told of the local end */
 };
 
 struct bulk_thread {
@@ -178,6 +183,8 @@ void control_send_hello(struct mover *mover);
 /** control_proceed() - destination: memferryd's answer to PEER_HELLO, "" or a refusal. */
 void control_proceed(struct mover *mover, const char *refusal);
 void control_send_phase(struct mover *mover, uint32_t phase, uint64_t blackout_us);
+/** control_send_device_end() - the device stream of this side has ended after @bytes. */
+void control_send_device_end(struct mover *mover, uint64_t bytes);
 void control_send_round_landed(struct mover *mover, uint32_t round);
 void control_send_abort(struct mover *mover, const char *reason, bool cancelled);
 /** control_send_missing() - destination: the list of pages that are not here. */
@@ -198,8 +205,11 @@ void tunnel_init(struct tunnel *tunnel);
 void tunnel_set(struct tunnel *tunnel, unsigned end, int fd);
 /** tunnel_events() - what poll(2) should wait for on an end. */
 short tunnel_events(const struct tunnel *tunnel, unsigned end);
-/** tunnel_pump() - move what can be moved. */
-void tunnel_pump(struct tunnel *tunnel);
+/** tunnel_pump() - move what can be moved. The local VMM's end of the stream is told to the peer by a
+ * message of its own, and the peer's is passed on only if it was told so and every byte is here. */
+void tunnel_pump(struct mover *mover);
+/** tunnel_expect() - the peer told that its stream ends after @bytes. */
+void tunnel_expect(struct mover *mover, uint64_t bytes);
 void tunnel_close(struct tunnel *tunnel);
 
 /* ---- source ---- */

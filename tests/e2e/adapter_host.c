@@ -271,7 +271,8 @@ bool attach(struct host *host)
 {
     struct vmm_callbacks callbacks = {.probed = on_probed, .event = on_event, .arg = host};
     struct mf_error err = {0};
-    int rc = vmm_qemu.open(base, host->name, host->qmp, host->role, &callbacks, &host->vmm, &err);
+    const struct vmm_target target = {.qmp_path = host->qmp};
+    int rc = vmm_qemu.open(base, host->name, &target, host->role, &callbacks, &host->vmm, &err);
     if (!check(rc == 0, "open: %s", err.text))
         return false;
     while (!host->probed && !timed_out)

@@ -13,7 +13,7 @@ MIGRATE_S = 60
 FIELDS = {"name", "id", "role", "state", "reason", "ram_bytes", "blackout_us", "total_us", "sent_bytes",
           "data_pages", "zero_pages", "hole_pages", "faults", "mover_restarts", "mode", "rounds",
           "precopy_bytes", "postcopy_bytes", "dirty_pages_at_switch", "dirty_rate_pages_s",
-          "unconfirmed_at_release"}
+          "unconfirmed_at_release", "adapter", "pid"}
 FAULT_FIELDS = {"count", "p50_us", "p99_us", "p999_us", "max_us"}
 # Slow enough that a phase lasts, fast enough that a test ends: 256 MiB take some 5 s.
 SLOW_MBIT = 400

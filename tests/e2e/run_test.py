@@ -9,6 +9,7 @@ import test_memory  # noqa: F401
 import test_migrate  # noqa: F401
 import test_precopy  # noqa: F401
 import test_preflight  # noqa: F401
+import test_process  # noqa: F401
 import test_systemd  # noqa: F401
 from harness.testing import run_one, tests
 

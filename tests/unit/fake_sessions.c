@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "daemon/memferryd/daemon.h"
+#include "daemon/memferryd/vmm.h"
 #include "lib/log.h"
 
 #define RAM_BYTES ((uint64_t)1 << 30)
@@ -197,9 +198,10 @@ static struct session *make_session(struct daemon *daemon, const char *name)
     return session;
 }
 
-void session_receive(struct daemon *daemon, const char *name, const char *qmp_path,
+void session_receive(struct daemon *daemon, const char *name, const struct vmm_target *target,
                      struct session_waiter waiter)
 {
+    const char *qmp_path = target->qmp_path ? target->qmp_path : target->load;
     if (strstr(qmp_path, "refuse"))
         answer_later(daemon, waiter, NULL, 1, "vm: QEMU does not wait for a migration");
     else if (strstr(qmp_path, "never"))

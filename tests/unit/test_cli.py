@@ -22,7 +22,7 @@ MEMFERRY, FAKE = (os.path.abspath(p) for p in sys.argv[1:3])
 FIELDS = ["name", "id", "role", "state", "reason", "ram_bytes", "blackout_us", "total_us", "sent_bytes",
           "data_pages", "zero_pages", "hole_pages", "faults", "mover_restarts", "mode", "rounds",
           "precopy_bytes", "postcopy_bytes", "dirty_pages_at_switch", "dirty_rate_pages_s",
-          "unconfirmed_at_release"]
+          "unconfirmed_at_release", "adapter", "pid"]
 FAULTS = ["count", "p50_us", "p99_us", "p999_us", "max_us"]
 LIMIT_S = 30  # of any one command: nothing here takes a second
 

@@ -149,7 +149,7 @@ static void on_pace(evutil_socket_t fd, short what, void *arg)
 
 /* ---- the table ---- */
 
-static int qemu_open(struct event_base *base, const char *vm_name, const char *path,
+static int qemu_open(struct event_base *base, const char *vm_name, const struct vmm_target *target,
                      enum vmm_role role, const struct vmm_callbacks *callbacks, struct vmm **out,
                      struct mf_error *err)
 {
@@ -170,7 +170,7 @@ static int qemu_open(struct event_base *base, const char *vm_name, const char *p
     struct qmp_callbacks monitor = {
         .ready = on_ready, .event = on_event, .down = on_down, .arg = vmm};
     if (!rc)
-        rc = qmp_open(base, vmm->name, path, &monitor, &vmm->qmp, err);
+        rc = qmp_open(base, vmm->name, target->qmp_path, &monitor, &vmm->qmp, err);
     if (rc) {
         vmm_free(vmm);
         return rc;
@@ -244,6 +244,7 @@ static void qemu_close(struct vmm *vmm)
 
 const struct vmm_ops vmm_qemu = {
     .name = "qemu",
+    .noun = "VM",
     .open = qemu_open,
     .start_outgoing = qemu_start_outgoing,
     .finish_outgoing = qemu_finish_outgoing,

@@ -44,6 +44,14 @@ def guest_program(name):
     return path
 
 
+def test_program(name):
+    """Path of a program of tests/e2e in the build directory."""
+    path = os.path.join(build_root(), "tests", "e2e", name)
+    if not os.path.exists(path):
+        raise HarnessError(f"{path} has not been built: run `ninja -C {build_root()}`")
+    return path
+
+
 def cache_directory():
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     path = os.environ.get("MEMFERRY_TEST_CACHE") or os.path.join(base, "memferry-tests")
