@@ -143,8 +143,9 @@ static int check_command(const char *option, const char *text, struct mf_error *
 {
     if (strlen(text) < MF_CONTROL_COMMAND_MAX_BYTES)
         return 0;
-    return mf_fail(err, EINVAL, "the command of %s is longer than %u characters; put it in a script",
-                   option, MF_CONTROL_COMMAND_MAX_BYTES - 1);
+    return mf_fail(err, EINVAL,
+                   "the command of %s is longer than %u characters; put it in a script", option,
+                   MF_CONTROL_COMMAND_MAX_BYTES - 1);
 }
 
 static int check_process(const Memferry__Control__Process *process, bool source,
@@ -164,14 +165,16 @@ static int check_process(const Memferry__Control__Process *process, bool source,
     if (rc < 0)
         return rc;
     if (source ? !process->save[0] : !process->load[0])
-        return mf_fail(err, EINVAL, "--pid needs %s on this host: %s (a program that has no state "
-                                    "but its shared memory: %s true)",
+        return mf_fail(err, EINVAL,
+                       "--pid needs %s on this host: %s (a program that has no state "
+                       "but its shared memory: %s true)",
                        source ? "--save COMMAND" : "--load COMMAND",
                        source ? "what writes the program's state to its standard output"
                               : "what reads the program's state from its standard input",
                        source ? "--save" : "--load");
     if (process->timeout_s > MF_CONTROL_TIMEOUT_MAX_S)
-        return mf_fail(err, EINVAL, "a command's time of %u seconds is too long; 1 to %u are possible",
+        return mf_fail(err, EINVAL,
+                       "a command's time of %u seconds is too long; 1 to %u are possible",
                        process->timeout_s, MF_CONTROL_TIMEOUT_MAX_S);
     if (process->n_regions > MF_CHOICES_MAX)
         return mf_fail(err, EINVAL, "%zu regions are too many; 1 to %u are possible",
@@ -190,12 +193,13 @@ static int check_process(const Memferry__Control__Process *process, bool source,
 }
 
 /* One of the two says what is migrated. */
-static int check_target(const char *qmp_path, const Memferry__Control__Process *process, bool source,
-                        struct mf_error *err)
+static int check_target(const char *qmp_path, const Memferry__Control__Process *process,
+                        bool source, struct mf_error *err)
 {
     if (process && qmp_path[0])
-        return mf_fail(err, EINVAL, "--qmp and --pid do not go together: a QEMU is driven by its QMP "
-                                    "socket, any other process by commands");
+        return mf_fail(err, EINVAL,
+                       "--qmp and --pid do not go together: a QEMU is driven by its QMP "
+                       "socket, any other process by commands");
     return process ? check_process(process, source, err) : check_path(qmp_path, err);
 }
 

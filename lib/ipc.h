@@ -36,6 +36,7 @@ enum mf_ipc_type {
     MF_IPC_ROUND,      /**< source: copy once more what was written since; ROUND_DONE follows */
     MF_IPC_CUT_ROUND,  /**< source: end the round where it is */
     MF_IPC_SETTINGS,   /**< source: the bandwidth limit */
+    MF_IPC_UNWATCHED,  /**< source: of this mapping's pages it is not known what was written */
     MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
     MF_IPC_CONFIRM,    /**< source: sweep before RELEASE (mode precopy) */
     MF_IPC_SEND,       /**< send a phase change */

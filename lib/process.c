@@ -42,9 +42,10 @@ int mf_choice_parse(const char *text, struct mf_choice *out, struct mf_error *er
     if (address && (strtoull(choice.what, &end, 16) == 0 || errno || *end))
         return mf_fail(err, EINVAL, "'%.80s' is not an address", choice.what);
     if (!address && choice.what[0] != '/' && strncmp(choice.what, "memfd:", 6) != 0)
-        return mf_fail(err, EINVAL,
-                       "'%.80s' is neither an absolute path, nor memfd:NAME, nor an address (0x...)",
-                       choice.what);
+        return mf_fail(
+            err, EINVAL,
+            "'%.80s' is neither an absolute path, nor memfd:NAME, nor an address (0x...)",
+            choice.what);
     *out = choice;
     return 0;
 }
@@ -326,7 +327,8 @@ static int look(pid_t pid, const struct mf_choice *choices, unsigned choice_coun
             r = look_at(pid, vmas, vma_count, &files[i], err);
     }
     /* From here on errors are about what was found, not about finding it. */
-    if (r == 0 && judge(files, file_count, choices, choice_count, process, vmas, vma_count, err) < 0)
+    if (r == 0 &&
+        judge(files, file_count, choices, choice_count, process, vmas, vma_count, err) < 0)
         return -EBADMSG;
     if (r < 0)
         return r;

@@ -58,7 +58,8 @@ struct mf_choice {
 int mf_choice_parse(const char *text, struct mf_choice *out, struct mf_error *err);
 
 /**
- * mf_files_of() - the files among @vmas, each once; `kind` and what follows it are not filled. Pure.
+ * mf_files_of() - the files among @vmas, each once; `kind` and what follows it are not filled.
+ * Pure.
  * @out: malloc'ed array of *@count, the caller's. Return: 0 or -ENOMEM.
  */
 int mf_files_of(const struct mf_vma *vmas, size_t vma_count, struct mf_file **out, size_t *count,

@@ -429,11 +429,13 @@ static int check_target(const struct cli_args *args, unsigned given, struct mf_e
     const struct cli_verb *verb = args->verb;
     const unsigned option = verb->required & CLI_OPTION_TO ? CLI_OPTION_SAVE : CLI_OPTION_LOAD;
     if ((given & CLI_OPTION_QMP) && (given & CLI_OPTION_PID))
-        return mf_fail(err, EINVAL,
-                       "--qmp and --pid do not go together: a QEMU is driven by its QMP socket, any "
-                       "other process by commands");
+        return mf_fail(
+            err, EINVAL,
+            "--qmp and --pid do not go together: a QEMU is driven by its QMP socket, any "
+            "other process by commands");
     if (!(given & (CLI_OPTION_QMP | CLI_OPTION_PID)) && (given & CLI_OPTIONS_PROCESS))
-        return mf_fail(err, EINVAL, "'memferry %s' needs --pid PID with these options: memferry %s %s",
+        return mf_fail(err, EINVAL,
+                       "'memferry %s' needs --pid PID with these options: memferry %s %s",
                        verb->word, verb->word, verb->usage);
     if (!(given & (CLI_OPTION_QMP | CLI_OPTION_PID)))
         return mf_fail(err, EINVAL,
@@ -442,7 +444,8 @@ static int check_target(const struct cli_args *args, unsigned given, struct mf_e
                        verb->word, verb->word, verb->usage);
     for (size_t i = 0; (given & CLI_OPTION_QMP) && i < OPTION_COUNT; i++)
         if (given & options[i].bit & CLI_OPTIONS_PROCESS)
-            return mf_fail(err, EINVAL, "%s goes with --pid only: a QEMU is driven by its QMP socket",
+            return mf_fail(err, EINVAL,
+                           "%s goes with --pid only: a QEMU is driven by its QMP socket",
                            options[i].word);
     if ((given & CLI_OPTION_PID) && !(given & option))
         return mf_fail(err, EINVAL,
@@ -478,10 +481,9 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
 int cli_parse(int argc, char **argv, const struct cli_verb *verbs, struct cli_args *args,
               struct mf_error *err)
 {
-    *args =
-        (struct cli_args){.runtime_dir = default_runtime_dir,
-                          .process = {.pause = "", .save = "", .load = "", .resume = ""},
-                          .rounds.mode = mf_control_mode("")};
+    *args = (struct cli_args){.runtime_dir = default_runtime_dir,
+                              .process = {.pause = "", .save = "", .load = "", .resume = ""},
+                              .rounds.mode = mf_control_mode("")};
     unsigned given = 0;
     bool options_ended = false;
     for (int i = 1; i < argc; i++) {

@@ -50,7 +50,7 @@ enum cli_option {
 
 /** struct cli_process - a process that is no VMM, and what drives it. Strings point into argv. */
 struct cli_process {
-    uint32_t pid; /**< 0: none was given */
+    uint32_t pid;                             /**< 0: none was given */
     const char *pause, *save, *load, *resume; /**< "": not given */
     uint32_t timeout_s;                       /**< 0: not given */
     struct mf_choice region[MF_CHOICES_MAX];

@@ -23,8 +23,7 @@ int verb_receive(const struct cli_args *args)
     char success[256];
     snprintf(success, sizeof(success),
              "%s is armed. Now, on the host where it runs: memferry migrate %s %s --to THIS-HOST",
-             args->name, args->name,
-             target.process_p ? "--pid PID --save COMMAND" : "--qmp PATH");
+             args->name, args->name, target.process_p ? "--pid PID --save COMMAND" : "--qmp PATH");
     /* Arming is as fast as the VMM answers; Ctrl-C ends the wait, not the arming. */
     return verb_simple(args, &request, -1, success);
 }

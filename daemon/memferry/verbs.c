@@ -9,16 +9,16 @@
 #include "daemon/memferry/show.h"
 
 #define PROCESS_HELP                                                                               \
-    "  --pid PID         a process that is no QEMU; all memory that it maps shared and\n"           \
-    "                    writable from tmpfs, memfd or hugetlbfs is migrated, and these\n"          \
-    "                    commands for 'sh -c' do the rest (see memferry(1)):\n"                     \
-    "  --pause COMMAND   source: have the program stand still (default: SIGSTOP)\n"                 \
-    "  --save COMMAND    source: write its state to the standard output\n"                          \
-    "  --load COMMAND    destination: read its state from the standard input\n"                     \
-    "  --resume COMMAND  let it go on, on the host where it belongs (default: SIGCONT)\n"           \
-    "  --region NAME=FILE\n"                                                                        \
-    "                    migrate only this memory, under this name; may be repeated.\n"             \
-    "                    FILE: a path, memfd:NAME, or an address in it (0x...)\n"                   \
+    "  --pid PID         a process that is no QEMU; all memory that it maps shared and\n"          \
+    "                    writable from tmpfs, memfd or hugetlbfs is migrated, and these\n"         \
+    "                    commands for 'sh -c' do the rest (see memferry(1)):\n"                    \
+    "  --pause COMMAND   source: have the program stand still (default: SIGSTOP)\n"                \
+    "  --save COMMAND    source: write its state to the standard output\n"                         \
+    "  --load COMMAND    destination: read its state from the standard input\n"                    \
+    "  --resume COMMAND  let it go on, on the host where it belongs (default: SIGCONT)\n"          \
+    "  --region NAME=FILE\n"                                                                       \
+    "                    migrate only this memory, under this name; may be repeated.\n"            \
+    "                    FILE: a path, memfd:NAME, or an address in it (0x...)\n"                  \
     "  --timeout SECONDS how long a command may take (default: 60)\n"
 
 const struct cli_verb cli_verbs[] = {
@@ -43,7 +43,8 @@ const struct cli_verb cli_verbs[] = {
         .summary = "move a running VM to another host (on the source)",
         .usage = "NAME --qmp PATH | --pid PID --save COMMAND --to HOST[:PORT] [OPTION...]",
         .help = "Moves the guest of a running QEMU, or the work of any other process, to the\n"
-                "one that 'memferry receive NAME' has armed on HOST, shows how far it is, and ends once all memory is there.\n"
+                "one that 'memferry receive NAME' has armed on HOST, shows how far it is, and ends "
+                "once all memory is there.\n"
                 "Ctrl-C cancels as long as the guest can go on here; afterwards it leaves\n"
                 "the migration running by itself.\n"
                 "\n"
@@ -78,10 +79,10 @@ const struct cli_verb cli_verbs[] = {
                 "                    memferryd's setting)\n"
                 "\n" PROCESS_HELP,
         .name = CLI_NAME_REQUIRED,
-        .allowed = CLI_OPTION_QMP | CLI_OPTIONS_PROCESS | CLI_OPTION_TO | CLI_OPTION_JSON | CLI_OPTION_DETACH |
-                   CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS | CLI_OPTION_MODE |
-                   CLI_OPTION_BANDWIDTH | CLI_OPTION_MAX_ROUNDS | CLI_OPTION_SWITCH_AFTER |
-                   CLI_OPTION_MAX_BLACKOUT | CLI_OPTION_FALLBACK,
+        .allowed = CLI_OPTION_QMP | CLI_OPTIONS_PROCESS | CLI_OPTION_TO | CLI_OPTION_JSON |
+                   CLI_OPTION_DETACH | CLI_OPTION_KEEP_SOURCE | CLI_OPTION_STREAMS |
+                   CLI_OPTION_MODE | CLI_OPTION_BANDWIDTH | CLI_OPTION_MAX_ROUNDS |
+                   CLI_OPTION_SWITCH_AFTER | CLI_OPTION_MAX_BLACKOUT | CLI_OPTION_FALLBACK,
         .required = CLI_OPTION_TO,
         .target = true,
         .run = verb_migrate,

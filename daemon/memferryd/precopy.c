@@ -131,6 +131,29 @@ void precopy_switch(struct session *session)
         mover_order(session, &(struct mf_ipc){.type = MF_IPC_CUT_ROUND}, -1);
 }
 
+/* More than these, and whole regions are named: a mover's socket takes so many messages at once. */
+#define UNWATCHED_MOST 64
+
+int precopy_look_again(struct session *session, struct mf_error *err)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    if (session->pagemap_fd < 0 || session_vmm_ops(session) != &vmm_process)
+        return 0; /* a VMM keeps its memory where it is */
+    int count = target_unwatched(session, mappings, err);
+    if (count < 0)
+        return count;
+    if (count > UNWATCHED_MOST) {
+        for (unsigned i = 0; i < session->region_count; i++)
+            mappings[i] =
+                (struct mf_mapping){.region = i, .length_bytes = session->region[i].size_bytes};
+        count = (int)session->region_count;
+    }
+    for (int i = 0; i < count; i++)
+        mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNWATCHED, .mapping = mappings[i]},
+                    -1);
+    return 0;
+}
+
 void precopy_confirm(struct session *session)
 {
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);

@@ -65,7 +65,8 @@ struct session {
     const struct vmm_ops *vmm_ops;
     struct vmm *vmm;
     unsigned state_s;   /**< vmm_info's: how long the device state may take */
-    int device_peer_fd; /**< destination: the mover's end of the device stream, until it is loaded */
+    int device_peer_fd; /**< destination: the mover's end of the device stream, until it is loaded
+                         */
     pid_t pid;
     int pidfd;
     struct event *pidfd_event;
@@ -73,10 +74,12 @@ struct session {
     struct mf_region_source region[MF_REGIONS_MAX];
     unsigned region_count;
     uint64_t ram_bytes, total_pages;
-    int pagemap_fd;   /**< source: -1 if writes are not tracked */
-    int populated_fd; /**< source with private memory: /proc/PID/pagemap, else -1 */
-    int uffd;         /**< our duplicate; -1 at a source that does not track writes */
-    int remote_uffd;  /**< its number inside the target (I2), -1: none */
+    int pagemap_fd;             /**< source: -1 if writes are not tracked */
+    int populated_fd;           /**< source with private memory: /proc/PID/pagemap, else -1 */
+    struct mf_mapping *watched; /**< source: what is watched for writes; owned */
+    unsigned watched_count;
+    int uffd;        /**< our duplicate; -1 at a source that does not track writes */
+    int remote_uffd; /**< its number inside the target (I2), -1: none */
 
     /* The mover and the session file. */
     int file_fd;
@@ -168,6 +171,9 @@ void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
                         uint64_t duration_ns);
 /** precopy_switch() - an operator's word or the time: end precopy now. */
 void precopy_switch(struct session *session);
+/** precopy_look_again() - source, the guest is paused: memory that it maps otherwise than when its
+ * writes began to be followed counts as written. Return: 0 or -errno. */
+int precopy_look_again(struct session *session, struct mf_error *err);
 /** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be
  * prepared. */
 void precopy_confirm(struct session *session);
@@ -184,6 +190,10 @@ int target_track(struct session *session, struct mf_error *err);
  */
 int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
                     struct mf_error *err);
+/** target_unwatched() - source, tracking, the target is paused: mappings that have come since it is
+ * watched, by mmap(2) or a move: what was written through them was not seen.
+ * @out: of MF_MAPPINGS_MAX. Return: how many, or -errno. */
+int target_unwatched(struct session *session, struct mf_mapping *out, struct mf_error *err);
 /** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a
  * sentence. */
 int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);

@@ -337,6 +337,7 @@ void session_event(struct session *session, enum mf_event event)
 void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
 {
     struct session *session = arg;
+    struct mf_error err;
     switch (event) {
     case VMM_STOPPED:
         session->stopped_ns = mf_now_ns();
@@ -344,6 +345,11 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
     case VMM_PAUSED:
         if (!session->stopped_ns)
             session->stopped_ns = mf_now_ns();
+        if (precopy_look_again(session, &err) < 0) {
+            session_set_reason(session, "%s", err.text);
+            session_event(session, MF_EV_VMM_FAILED);
+            break;
+        }
         session_event(session, MF_EV_VMM_PAUSED);
         break;
     case VMM_COMPLETED:

@@ -104,11 +104,10 @@ static int find_regions(struct session *session, const struct vmm_info *info,
     for (unsigned i = 0; i < info->backend_count; i++) {
         struct mf_region_source *region = &session->region[i];
         region->fd = -1;
-        int r = backends[i].inode
-                    ? open_known(session, &backends[i], region, err)
-                    : mf_target_region(session->pid, vmas, vma_count, backends[i].id,
-                                       backends[i].path, backends[i].size_bytes,
-                                       session->role == MF_DESTINATION, region, err);
+        int r = backends[i].inode ? open_known(session, &backends[i], region, err)
+                                  : mf_target_region(session->pid, vmas, vma_count, backends[i].id,
+                                                     backends[i].path, backends[i].size_bytes,
+                                                     session->role == MF_DESTINATION, region, err);
         if (r < 0)
             return r;
         session->region_count = i + 1;
@@ -185,8 +184,8 @@ static int arm(struct session *session, struct mf_error *err)
     if (count < 0)
         return count;
     if (count == 0)
-        return mf_fail(err, ENOENT, "the %s of %s does not map its memory",
-                       session_noun(session), session->name);
+        return mf_fail(err, ENOENT, "the %s of %s does not map its memory", session_noun(session),
+                       session->name);
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
@@ -204,13 +203,51 @@ static int arm(struct session *session, struct mf_error *err)
     return r;
 }
 
-int target_track(struct session *session, struct mf_error *err)
+static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
+{
+    return a->start_addr == b->start_addr && a->length_bytes == b->length_bytes &&
+           a->offset_bytes == b->offset_bytes && a->region == b->region;
+}
+
+/* A process at work may change its layout between the look at it and the registering. What is not
+ * watched then counts as written: PAGEMAP_SCAN refuses it, and target_unwatched() finds it. */
+static int watch_writes(struct session *session, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+    int r = 0, count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
     if (count <= 0)
-        return count < 0 ? count : mf_fail(err, ENOENT, "the %s does not map its memory",
-                                           session_noun(session));
+        return count < 0
+                   ? count
+                   : mf_fail(err, ENOENT, "the %s does not map its memory", session_noun(session));
+    session->watched = calloc((size_t)count, sizeof(*session->watched));
+    if (!session->watched)
+        return mf_fail(err, ENOMEM, "out of memory");
+    for (int i = 0; i < count; i++) {
+        r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
+                                err);
+        if (r == 0)
+            session->watched[session->watched_count++] = mappings[i];
+        else if (session_vmm_ops(session) != &vmm_process || (r != -EINVAL && r != -ENOENT))
+            return r;
+    }
+    return session->watched_count ? 0 : r;
+}
+
+int target_unwatched(struct session *session, struct mf_mapping *out, struct mf_error *err)
+{
+    int unwatched = 0, count = target_mappings(session, out, MF_MAPPINGS_MAX, err);
+    for (int i = 0; i < count; i++) {
+        bool watched = false;
+        for (unsigned j = 0; !watched && j < session->watched_count; j++)
+            watched = same_mapping(&out[i], &session->watched[j]);
+        if (!watched)
+            out[unwatched++] = out[i];
+    }
+    return count < 0 ? count : unwatched;
+}
+
+int target_track(struct session *session, struct mf_error *err)
+{
     session->pagemap_fd = mf_pagemap_open((int)session->pid, err);
     if (session->pagemap_fd < 0)
         return session->pagemap_fd;
@@ -219,22 +256,23 @@ int target_track(struct session *session, struct mf_error *err)
         return session->uffd;
     uint64_t enabled = 0;
     int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP, 0, &enabled, err);
-    for (int i = 0; r == 0 && i < count; i++)
-        r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
-                                err);
+    if (r == 0)
+        r = watch_writes(session, err);
+    if (r < 0)
+        return r;
     /* Is PAGEMAP_SCAN there, and does it see that the memory is watched? */
     uint8_t written = 0;
-    const uint64_t page_bytes = session->region[mappings[0].region].page_bytes;
-    if (r == 0) {
-        r = mf_pagemap_scan(session->pagemap_fd, mappings[0].start_addr, page_bytes, page_bytes,
-                            &written);
-        if (r < 0)
-            r = mf_fail(err, -r,
-                        "this kernel can't say which pages were written "
-                        "(PAGEMAP_SCAN, Linux 6.7): %s",
-                        strerror(-r));
-    }
-    return r;
+    const uint64_t page_bytes = session->region[session->watched[0].region].page_bytes;
+    r = mf_pagemap_scan(session->pagemap_fd, session->watched[0].start_addr, page_bytes, page_bytes,
+                        &written);
+    if (r == -EPERM && session_vmm_ops(session) == &vmm_process)
+        return 0; /* it has moved since: what can be said is found out later */
+    if (r < 0)
+        return mf_fail(err, -r,
+                       "this kernel can't say which pages were written (PAGEMAP_SCAN, Linux 6.7): "
+                       "%s",
+                       strerror(-r));
+    return 0;
 }
 
 static bool has_private(const struct session *session)
@@ -324,6 +362,9 @@ void target_let_go(struct session *session)
     if (session->pidfd >= 0)
         close(session->pidfd);
     session->pidfd = -1;
+    free(session->watched);
+    session->watched = NULL;
+    session->watched_count = 0;
     if (session->populated_fd >= 0)
         close(session->populated_fd);
     session->populated_fd = -1;

@@ -85,6 +85,9 @@ static void take_order(struct mover *mover)
     case MF_IPC_SETTINGS:
         sweep_set_pace(mover, message.bandwidth_bits_s);
         break;
+    case MF_IPC_UNWATCHED:
+        sweep_unwatched(mover, &message.mapping);
+        break;
     case MF_IPC_FROZEN:
         sweep_frozen(mover);
         break;

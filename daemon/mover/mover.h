@@ -50,9 +50,10 @@ struct tunnel {
         bool eof;            /**< and that was its end; passed on once `have` is sent */
         bool shut;
     } from[2];
-    uint64_t peer_bytes; /**< what the peer's end of the stream will have brought, when it is told */
-    bool peer_told;      /**< it was told */
-    bool told;           /**< the peer was told of the local end */
+    uint64_t
+        peer_bytes; /**< what the peer's end of the stream will have brought, when it is told */
+    bool peer_told; /**< it was told */
+    bool told;      /**< the peer was told of the local end */
 };
 
 struct bulk_thread {
@@ -205,8 +206,9 @@ void tunnel_init(struct tunnel *tunnel);
 void tunnel_set(struct tunnel *tunnel, unsigned end, int fd);
 /** tunnel_events() - what poll(2) should wait for on an end. */
 short tunnel_events(const struct tunnel *tunnel, unsigned end);
-/** tunnel_pump() - move what can be moved. The local VMM's end of the stream is told to the peer by a
- * message of its own, and the peer's is passed on only if it was told so and every byte is here. */
+/** tunnel_pump() - move what can be moved. The local VMM's end of the stream is told to the peer by
+ * a message of its own, and the peer's is passed on only if it was told so and every byte is here.
+ */
 void tunnel_pump(struct mover *mover);
 /** tunnel_expect() - the peer told that its stream ends after @bytes. */
 void tunnel_expect(struct mover *mover, uint64_t bytes);
@@ -221,8 +223,12 @@ int sweep_init(struct mover *mover);
 void sweep_set_pivot(struct mover *mover, uint32_t region, uint64_t page);
 void sweep_forget_sent(struct mover *mover); /**< everything counts as sent … */
 int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
-                  uint64_t pages);           /**< … but this */
-void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
+                  uint64_t pages); /**< … but this */
+void sweep_next_pass(
+    struct mover *mover); /** sweep_unwatched() - forget that the pages of @mapping were copied:
+                           * they are sent again. No round is under way. */
+void sweep_unwatched(struct mover *mover, const struct mf_mapping *mapping);
+/**< let the bulk threads begin */
 void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
 void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */

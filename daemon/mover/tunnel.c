@@ -4,9 +4,9 @@
  * of one direction is passed on as such: QEMU's return path ends later than its stream.
  *
  * End of file is never success (I5): a mover that is killed closes its connections too, and a state
- * that was cut off must not pass for a whole one. So the side whose VMM ended its stream says, on the
- * control connection, how many bytes it had; the other side ends the stream to its own VMM when it
- * has passed on so many.
+ * that was cut off must not pass for a whole one. So the side whose VMM ended its stream says, on
+ * the control connection, how many bytes it had; the other side ends the stream to its own VMM when
+ * it has passed on so many.
  */
 #include "daemon/mover/mover.h"
 
@@ -112,7 +112,8 @@ void tunnel_pump(struct mover *mover)
     if (t->peer_told && !t->from[1].eof &&
         (t->from[1].read_bytes > t->peer_bytes || t->from[1].closed)) {
         link_fail(mover,
-                  "the device connection brought %" PRIu64 " bytes where the VM's state has %" PRIu64,
+                  "the device connection brought %" PRIu64
+                  " bytes where the VM's state has %" PRIu64,
                   t->from[1].read_bytes, t->peer_bytes);
         return;
     }

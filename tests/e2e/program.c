@@ -2,8 +2,8 @@
 /*
  * A program to be migrated: threads that write, verify, discard, move, duplicate, protect and unmap
  * parts of their shared memory, and fork children that look at it (and write to it) too, all the
- * time. Every page holds a pattern made of its region, its number and its generation, so that a page
- * that is stale, lost, misplaced or mixed is noticed by whoever reads it next, word by word.
+ * time. Every page holds a pattern made of its region, its number and its generation, so that a
+ * page that is stale, lost, misplaced or mixed is noticed by whoever reads it next, word by word.
  *
  * What each page has to hold (the model) is the program's private state: `save` writes it, `load`
  * reads it. With --shared-model it lies in a region of its own, and there is nothing to save.
@@ -15,7 +15,7 @@
  * --wait: do nothing before `resume`.
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
- *   file anew. The default is all but F and M.
+ *   file anew. The default is w, v, d, m, u and p.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -54,7 +54,7 @@ struct state_header {
 static unsigned regions = 2, threads = 3;
 static uint64_t region_bytes = UINT64_C(16) << 20, page_bytes = 4096;
 static bool hugetlb, shared_model, waiting;
-static const char *ops = "wwwwvvvvdnmupf";
+static const char *ops = "wwwwvvvvdmup";
 static uint64_t seed = 1;
 
 static int region_fd[REGIONS_MAX];
@@ -416,10 +416,8 @@ static bool read_all(int fd, void *data, size_t bytes)
 static const char *save(int fd)
 {
     const uint64_t pages = regions * region_pages;
-    struct state_header header = {.magic = STATE_MAGIC,
-                                  .pages = pages,
-                                  .beats = beats,
-                                  .checksum = checksum(model, pages)};
+    struct state_header header = {
+        .magic = STATE_MAGIC, .pages = pages, .beats = beats, .checksum = checksum(model, pages)};
     uint64_t bytes = sizeof(header) + pages * sizeof(*model);
     if (mf_write_all(fd, &bytes, sizeof(bytes)) < 0 ||
         mf_write_all(fd, &header, sizeof(header)) < 0 ||
@@ -435,8 +433,7 @@ static const char *load(int fd)
     cleanup_free struct model *loaded = calloc(pages, sizeof(*loaded));
     if (!loaded || !read_all(fd, &bytes, sizeof(bytes)) ||
         bytes != sizeof(header) + pages * sizeof(*loaded) ||
-        !read_all(fd, &header, sizeof(header)) ||
-        !read_all(fd, loaded, pages * sizeof(*loaded)))
+        !read_all(fd, &header, sizeof(header)) || !read_all(fd, loaded, pages * sizeof(*loaded)))
         return "ERROR the state has another size";
     if (header.magic != STATE_MAGIC || header.pages != pages ||
         header.checksum != checksum(loaded, pages))
@@ -505,8 +502,7 @@ static void set_up_memory(void)
         if (region_fd[i] < 0 || ftruncate(region_fd[i], (off_t)region_bytes) != 0)
             die("memfd");
     }
-    const uint64_t model_bytes =
-        (regions * region_pages * sizeof(*model) + 4095) / 4096 * 4096;
+    const uint64_t model_bytes = (regions * region_pages * sizeof(*model) + 4095) / 4096 * 4096;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS, fd = -1;
     if (shared_model) {
         flags = MAP_SHARED;

@@ -15,9 +15,6 @@ from harness.sandbox import HarnessError, alive, run, wait_until
 from harness.testing import e2e
 
 AFTER_RELEASE = ("postcopy", "drained", "recovering", "done")
-# The program's own layout changes that every mode follows; those that --mode postcopy alone follows at the
-# source are added by the tests that use it.
-OPS = "wwwwvvvvdnmupf"
 
 
 class Program:
@@ -198,8 +195,8 @@ def process_precopy(sandbox):
 @e2e()
 def process_stopped_by_signal(sandbox):
     """No pause and no resume command: SIGSTOP at any point, SIGCONT; the state is in shared memory."""
-    pair = Pair(sandbox, "--shared-model", "--ops", "wwwvvvdnmup", destination=("--shared-model",
-                                                                                "--ops", "wwwvvvdnmup"))
+    pair = Pair(sandbox, "--shared-model", "--ops", "wwwvvvdmup", destination=("--shared-model",
+                                                                                "--ops", "wwwvvvdmup"))
     pair.source.works()
     beats = pair.source.beats()
     pair.receive(load="cat", resume=pair.destination.command("resume"))

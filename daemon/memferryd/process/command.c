@@ -45,7 +45,8 @@ static bool place(int from, int to, int flags)
     return dup2(from < 0 ? null : from, to) >= 0;
 }
 
-/* What memferryd has for itself alone: to be in time for guests, and to live when memory is short. */
+/* What memferryd has for itself alone: to be in time for guests, and to live when memory is short.
+ */
 static void become_ordinary(void)
 {
     setpriority(PRIO_PROCESS, 0, 0);

@@ -30,8 +30,8 @@ struct command_order {
     unsigned timeout_ms;
 };
 
-/** command_done - it has ended. @err: NULL for exit status 0, else the sentence. The command is gone
- * afterwards. From the event loop only. */
+/** command_done - it has ended. @err: NULL for exit status 0, else the sentence. The command is
+ * gone afterwards. From the event loop only. */
 typedef void (*command_done)(void *arg, const struct mf_error *err);
 
 /** command_start() - Return: 0 or -errno with @err (then @done is not called). */

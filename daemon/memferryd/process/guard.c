@@ -140,8 +140,9 @@ static void on_exit_event(evutil_socket_t fd, short what, void *arg)
         destroy(guard);
         return;
     }
-    mf_log(MF_LOG_WARNING, "a guard (pid %d) ended before its time: should memferryd die now, a "
-                           "paused process would have to be resumed by hand",
+    mf_log(MF_LOG_WARNING,
+           "a guard (pid %d) ended before its time: should memferryd die now, a "
+           "paused process would have to be resumed by hand",
            (int)guard->pid);
     event_del(guard->exit_event);
     guard->pid = -1;

@@ -3,11 +3,11 @@
  * What becomes of a target process if memferryd dies (kill -9) in the middle: a small child of
  * memferryd that does nothing but wait for that.
  *
- * A QEMU whose migration stream breaks lets its guest go on by itself. A process that was stopped, or
- * paused by a command, would stand still for ever. So before memferryd pauses one, it starts a guard
- * and tells it what would have to be undone. When memferryd's end of the pipe closes, the guard kills
- * the command that was running and, unless RELEASE was about to be given, lets the process go on:
- * SIGCONT, then the resume command.
+ * A QEMU whose migration stream breaks lets its guest go on by itself. A process that was stopped,
+ * or paused by a command, would stand still for ever. So before memferryd pauses one, it starts a
+ * guard and tells it what would have to be undone. When memferryd's end of the pipe closes, the
+ * guard kills the command that was running and, unless RELEASE was about to be given, lets the
+ * process go on: SIGCONT, then the resume command.
  */
 #pragma once
 

@@ -8,8 +8,8 @@
  *
  * [stopped]: from the moment that the state has been saved here, and loaded there, the process is
  * held by SIGSTOP: whatever a command forgot, the program runs nowhere until it is known where. The
- * one that is let go goes on by SIGCONT, and then its resume command is run. Without a pause command
- * the program is paused by that SIGSTOP.
+ * one that is let go goes on by SIGCONT, and then its resume command is run. Without a pause
+ * command the program is paused by that SIGSTOP.
  *
  * The state is what the save command writes and the load command reads. Its end is passed on only
  * when it is known to be the end: at the source when the save command has ended with 0, between the
@@ -35,7 +35,8 @@
 #include "lib/process.h"
 #include "lib/util.h"
 
-/* A thread that is told to stop does so at once, unless it is in a system call that can't be left. */
+/* A thread that is told to stop does so at once, unless it is in a system call that can't be left.
+ */
 #define STOP_LOOK_MS 1u
 #define STOP_MS 5000u
 /* How long a process may have children that share its memory before it is refused. */
@@ -48,10 +49,10 @@
 enum phase {
     PROBING,
     READY,
-    PAUSING,  /* the pause command, or SIGSTOP, is under way */
-    PAUSED,   /* told */
+    PAUSING, /* the pause command, or SIGSTOP, is under way */
+    PAUSED,  /* told */
     SAVING,
-    HOLDING,  /* source: saved; until every thread is stopped */
+    HOLDING, /* source: saved; until every thread is stopped */
     COMPLETED,
     RETURNING,
     QUITTING,
@@ -250,8 +251,8 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
     return 0;
 }
 
-/* A child that was forked a moment ago shares the memory and would write to it unseen. Most live for
- * moments. Return: true when there is none, or no more waiting. */
+/* A child that was forked a moment ago shares the memory and would write to it unseen. Most live
+ * for moments. Return: true when there is none, or no more waiting. */
 static bool without_child(struct vmm *vmm, struct mf_error *err)
 {
     pid_t child = mf_process_child(vmm->pid, vmm->files, vmm->file_count);
@@ -264,10 +265,11 @@ static bool without_child(struct vmm *vmm, struct mf_error *err)
         again_in(vmm, CHILD_LOOK_MS);
         return false;
     }
-    mf_fail(err, EBUSY,
-            "process %d has a child process (pid %d) that shares the memory of %s; only one process "
-            "can be migrated: have it end first",
-            (int)vmm->pid, (int)child, vmm->name);
+    mf_fail(
+        err, EBUSY,
+        "process %d has a child process (pid %d) that shares the memory of %s; only one process "
+        "can be migrated: have it end first",
+        (int)vmm->pid, (int)child, vmm->name);
     return true;
 }
 
@@ -494,8 +496,8 @@ static void not_going(struct vmm *vmm, const struct mf_error *why)
     }
     guard_return(vmm->guard, false); /* it would only fail as often */
     mf_fail(&err, why->code,
-            "%s; %s (pid %d) was to go on here and may still be paused: resume it by hand", why->text,
-            vmm->info.version, (int)vmm->pid);
+            "%s; %s (pid %d) was to go on here and may still be paused: resume it by hand",
+            why->text, vmm->info.version, (int)vmm->pid);
     fail(vmm, &err);
 }
 
@@ -620,8 +622,8 @@ static void on_tick(evutil_socket_t fd, short what, void *arg)
         break;
     case FAILED: {
         struct mf_error err;
-        mf_fail(&err, EMFILE, "cannot keep the device stream of %s: memferryd has no descriptor left",
-                vmm->name);
+        mf_fail(&err, EMFILE,
+                "cannot keep the device stream of %s: memferryd has no descriptor left", vmm->name);
         tell(vmm, VMM_FAILED, err.text);
         break;
     }

@@ -46,9 +46,9 @@ static bool turn(struct relay *relay)
         relay->have_bytes = (size_t)n;
         relay->sent_bytes = 0;
     }
-    ssize_t n = relay->dropping ? (ssize_t)relay->have_bytes
-                                : write(relay->out_fd, relay->buffer + relay->sent_bytes,
-                                        relay->have_bytes);
+    ssize_t n = relay->dropping
+                    ? (ssize_t)relay->have_bytes
+                    : write(relay->out_fd, relay->buffer + relay->sent_bytes, relay->have_bytes);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
         event_add(relay->out_event, NULL);
         return false;

@@ -90,6 +90,17 @@ void sweep_next_pass(struct mover *mover)
     pthread_mutex_unlock(&sweep->lock);
 }
 
+void sweep_unwatched(struct mover *mover, const struct mf_mapping *mapping)
+{
+    if (mapping->region >= mover->region_count)
+        return;
+    const struct mf_region *region = &mover->region[mapping->region];
+    uint64_t first = mapping->offset_bytes / region->page_bytes;
+    uint64_t end = first + mapping->length_bytes / region->page_bytes;
+    for (uint64_t page = first; page < end && page < region->pages; page++)
+        mf_page_set_copied(&mover->view.pages[mapping->region], page, 0);
+}
+
 void sweep_frozen(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
