@@ -95,6 +95,7 @@ int mf_target_vmas(pid_t pid, struct mf_vma **out, size_t *count, struct mf_erro
                        path, strerror(code));
     }
 
+    setvbuf(f, NULL, _IOFBF, 1 << 16); /* else it is read by the KiB */
     cleanup_free struct mf_vma *vmas = NULL;
     cleanup_free char *line = NULL;
     size_t line_size = 0, used = 0, room = 0;

@@ -2,6 +2,7 @@
 #include "daemon/memferry/args.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -387,11 +388,26 @@ static int take_verb(const char *word, const struct cli_verb *verbs, struct cli_
                    nearest ? "'?" : "");
 }
 
+static int take_pid(const char *text, struct cli_args *args, struct mf_error *err)
+{
+    uint64_t pid;
+    if (args->pid)
+        return mf_fail(err, EINVAL,
+                       "'%.60s' is one too many; 'memferry %s' works on one process at a time",
+                       text, args->verb->word);
+    if (mf_number_parse(text, 1, INT_MAX, &pid) < 0)
+        return mf_fail(err, EINVAL, "'%.60s' is not the id of a process", text);
+    args->pid = (int)pid;
+    return 0;
+}
+
 static int take_name(const char *name, struct cli_args *args, struct mf_error *err)
 {
     if (args->verb->name == CLI_NAME_NONE)
         return mf_fail(err, EINVAL, "'memferry %s' takes no name, and '%.60s' is one too many",
                        args->verb->word, name);
+    if (args->verb->name == CLI_PID_REQUIRED)
+        return take_pid(name, args, err);
     if (args->name)
         return mf_fail(err, EINVAL,
                        "'%.60s' is one name too many; 'memferry %s' works on one VM at a time",
@@ -463,6 +479,9 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
     const struct cli_verb *verb = args->verb;
     if (verb->name == CLI_NAME_REQUIRED && !args->name)
         return mf_fail(err, EINVAL, "'memferry %s' needs the name of a VM: memferry %s %s",
+                       verb->word, verb->word, verb->usage);
+    if (verb->name == CLI_PID_REQUIRED && !args->pid)
+        return mf_fail(err, EINVAL, "'memferry %s' needs the id of a process: memferry %s %s",
                        verb->word, verb->word, verb->usage);
     for (size_t i = 0; i < OPTION_COUNT; i++) {
         if (verb->required & options[i].bit & ~given)

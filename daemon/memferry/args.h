@@ -57,13 +57,15 @@ struct cli_process {
     unsigned region_count;
 };
 
-enum cli_name { CLI_NAME_NONE, CLI_NAME_OPTIONAL, CLI_NAME_REQUIRED };
+/** What follows the verb: a VM's name, or the id of a process. */
+enum cli_name { CLI_NAME_NONE, CLI_NAME_OPTIONAL, CLI_NAME_REQUIRED, CLI_PID_REQUIRED };
 
 /** struct cli_args - a command line that is right. Strings point into argv. */
 struct cli_args {
     const char *runtime_dir;
     const struct cli_verb *verb; /**< NULL with --help or --version alone */
     const char *name;            /**< NULL where the verb's name was optional and left out */
+    int pid;                     /**< with CLI_PID_REQUIRED */
     const char *qmp_path;        /**< as given: perhaps relative; NULL: none was */
     struct cli_process process;
     struct mf_endpoint to;

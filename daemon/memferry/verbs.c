@@ -150,6 +150,21 @@ const struct cli_verb cli_verbs[] = {
         .run = verb_check,
     },
     {
+        .word = "monitor",
+        .summary = "watch how a process changes its memory layout",
+        .usage = "PID [--json]",
+        .help = "Attaches to any process and prints a line for each change of its memory\n"
+                "layout: what was unmapped, moved or discarded, by which thread and call;\n"
+                "forks, whose children are followed; exec and exit. The process waits for\n"
+                "no page. Ends with the process, or with Ctrl-C and then without a trace.\n"
+                "Works without memferryd, on Linux 6.7 or newer, as root.\n"
+                "\n"
+                "  --json  a JSON object a line\n",
+        .name = CLI_PID_REQUIRED,
+        .allowed = CLI_OPTION_JSON,
+        .run = verb_monitor,
+    },
+    {
         .word = "forget",
         .summary = "drop a session that has ended",
         .usage = "NAME",
@@ -169,6 +184,9 @@ int verb_complain(int code, const char *sentence)
 
 int verb_fail(const struct cli_args *args, int code, const char *sentence)
 {
+    /* monitor's objects are changes; what goes wrong is none. */
+    if (args->json && args->verb->run == verb_monitor)
+        return verb_complain(code, sentence);
     if (args->json && args->verb->run == verb_migrate)
         show_json(show_json_failure(args->name, "source", "failed", sentence));
     else if (args->json && args->name)

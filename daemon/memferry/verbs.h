@@ -16,6 +16,7 @@ int verb_status(const struct cli_args *args);
 int verb_cancel(const struct cli_args *args);
 int verb_check(const struct cli_args *args);
 int verb_forget(const struct cli_args *args);
+int verb_monitor(const struct cli_args *args);
 int verb_set(const struct cli_args *args);
 int verb_switch(const struct cli_args *args);
 

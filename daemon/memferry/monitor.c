@@ -1,0 +1,347 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * memferry monitor: every change of a process's memory layout, as it happens. One thread reads the
+ * events of the process and of the children it forks, and looks after the rest at a steady pace:
+ * mappings that appear, an exec, files that lose pages. The process waits while its events are not
+ * read, so nothing here waits for long.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <time.h>
+
+#include "daemon/memferry/monitor_output.h"
+#include "daemon/memferry/units.h"
+#include "daemon/memferry/verbs.h"
+#include "lib/target.h"
+#include "lib/uffd.h"
+#include "lib/util.h"
+#include "lib/watch.h"
+#include "lib/watch_files.h"
+
+#define PACE_MS 10                         /**< between two looks at what sends no event */
+#define SCAN_ANYWAY_NS UINT64_C(250000000) /**< mappings may be replaced by others of equal size   \
+                                            */
+#define NO_ROOM_NS UINT64_C(100000000)     /**< after a fork found no descriptor of ours free */
+
+/** struct followed - a process that is monitored. */
+struct followed {
+    struct mf_watch watch;
+    struct mf_watch_files files;
+    uint64_t scanned_ns, scan_cost_ns, no_room_until_ns;
+    bool unwatched; /**< after an exec it could not be attached to again */
+};
+
+struct monitor {
+    struct followed **list; /**< the first one is the process that was asked for */
+    size_t count;
+    struct monitor_output output;
+    uint64_t epoch_us; /**< what CLOCK_MONOTONIC is behind the time of day */
+    bool json, over, no_room_told;
+};
+
+static uint64_t now_us(const struct monitor *monitor)
+{
+    return monitor->epoch_us + mf_now_ns() / 1000;
+}
+
+static void notice(const char *sentence)
+{
+    fprintf(stderr, "memferry: %s\n", sentence);
+}
+
+static void print_change(struct monitor *monitor, const struct mf_change *change)
+{
+    char line[MONITOR_LINE_BYTES];
+    struct mf_change stamped = *change;
+    stamped.time_us = now_us(monitor);
+    size_t length_bytes =
+        monitor->json ? monitor_json(&stamped, line) : monitor_line(&stamped, line);
+    monitor_output_add(&monitor->output, line, length_bytes);
+}
+
+/* ---- who is followed ---- */
+
+static struct followed *follow(struct monitor *monitor)
+{
+    struct followed **grown =
+        reallocarray(monitor->list, monitor->count + 1, sizeof(struct followed *));
+    struct followed *one = calloc(1, sizeof(*one));
+    if (grown)
+        monitor->list = grown;
+    if (!grown || !one) {
+        free(one);
+        return NULL;
+    }
+    monitor->list[monitor->count++] = one;
+    return one;
+}
+
+static void unfollow(struct monitor *monitor, size_t index)
+{
+    struct followed *one = monitor->list[index];
+    mf_watch_files_free(&one->files);
+    mf_watch_end(&one->watch);
+    free(one);
+    monitor->count--;
+    memmove(&monitor->list[index], &monitor->list[index + 1],
+            (monitor->count - index) * sizeof(struct followed *));
+}
+
+static struct followed *followed_of(struct mf_watch *watch)
+{
+    return (struct followed *)((char *)watch - offsetof(struct followed, watch));
+}
+
+/** on_change() - mf_watch_fn. */
+static void on_change(struct mf_watch *watch, const struct mf_change *change, int child_uffd,
+                      void *arg)
+{
+    struct monitor *monitor = arg;
+    print_change(monitor, change);
+    mf_watch_files_explain(&followed_of(watch)->files, watch, change);
+    if (child_uffd < 0)
+        return;
+    struct followed *child = follow(monitor);
+    if (!child) {
+        close(child_uffd); /* it goes on unwatched */
+        notice("out of memory: a forked child is not followed");
+        return;
+    }
+    mf_watch_adopt(&child->watch, change->child, child_uffd);
+}
+
+/* ---- what sends no event ---- */
+
+static void scan(struct followed *one)
+{
+    uint64_t start_ns = mf_now_ns();
+    if (mf_watch_scan(&one->watch) == 0)
+        mf_watch_files_refresh(&one->files, &one->watch);
+    one->scanned_ns = mf_now_ns();
+    one->scan_cost_ns = one->scanned_ns - start_ns;
+}
+
+/** scan_if_due() - when the layout has changed, but for a tenth of the time at most. */
+static void scan_if_due(struct followed *one)
+{
+    uint64_t ago_ns = mf_now_ns() - one->scanned_ns;
+    if (ago_ns < 10 * one->scan_cost_ns)
+        return;
+    if (one->watch.stale || ago_ns > SCAN_ANYWAY_NS || mf_watch_grown(&one->watch))
+        scan(one);
+}
+
+/** after_exec() - tell, and attach to what it is now. */
+static void after_exec(struct monitor *monitor, struct followed *one)
+{
+    struct mf_change change = {.pid = one->watch.pid,
+                               .tid = one->watch.pid, /* whoever did it has this number now */
+                               .kind = MF_CHANGE_EXEC,
+                               .reason = MF_REASON_EXEC};
+    struct mf_error err;
+    print_change(monitor, &change);
+    mf_watch_files_free(&one->files);
+    if (mf_watch_attach(&one->watch, &err) == 0) {
+        scan(one);
+        return;
+    }
+    mf_watch_let_go(&one->watch);
+    one->unwatched = true;
+    if (err.code != ESRCH)
+        fprintf(stderr, "memferry: the program that process %d executed is not watched: %s\n",
+                one->watch.pid, err.text);
+}
+
+/** look_after() - Return: false once the process is gone. */
+static bool look_after(struct monitor *monitor, struct followed *one)
+{
+    if (mf_watch_has_ended(&one->watch)) {
+        if (one->watch.pid) {
+            struct mf_change change = {
+                .pid = one->watch.pid, .kind = MF_CHANGE_EXIT, .reason = MF_REASON_EXIT};
+            print_change(monitor, &change);
+        }
+        return false;
+    }
+    if (one->unwatched)
+        return true;
+    if (!mf_uffd_alive(one->watch.uffd)) {
+        if (mf_watch_has_memory(&one->watch))
+            after_exec(monitor, one);
+        return true; /* else it is about to end */
+    }
+    scan_if_due(one);
+    if (!one->watch.stale) /* where files are mapped has to be known */
+        mf_watch_files_compare(&one->files, &one->watch, on_change, monitor);
+    return true;
+}
+
+/* ---- events ---- */
+
+static void read_events(struct monitor *monitor, struct followed *one)
+{
+    if (one->watch.uffd < 0 || mf_now_ns() < one->no_room_until_ns)
+        return;
+    int rc = mf_watch_read(&one->watch, on_change, monitor);
+    if (rc != -EMFILE && rc != -ENFILE)
+        return;
+    one->no_room_until_ns = mf_now_ns() + NO_ROOM_NS;
+    if (!monitor->no_room_told)
+        notice("there is no descriptor left for another forked child; its parent waits until one "
+               "of those that are followed ends (raise the limit on open files: ulimit -n)");
+    monitor->no_room_told = true;
+}
+
+/** wait_for_something() - Return: true if a signal asks to end. */
+static bool wait_for_something(const struct monitor *monitor, int signal_fd)
+{
+    size_t count = 1;
+    cleanup_free struct pollfd *fds = calloc(1 + 2 * monitor->count, sizeof(*fds));
+    if (!fds)
+        return true;
+    fds[0] = (struct pollfd){.fd = signal_fd, .events = POLLIN};
+    uint64_t now_ns = mf_now_ns();
+    for (size_t i = 0; i < monitor->count; i++) {
+        const struct followed *one = monitor->list[i];
+        bool room = now_ns >= one->no_room_until_ns;
+        fds[count++] = (struct pollfd){.fd = room ? one->watch.uffd : -1, .events = POLLIN};
+        fds[count++] = (struct pollfd){.fd = one->watch.pidfd, .events = POLLIN};
+    }
+    poll(fds, count, PACE_MS);
+    return fds[0].revents != 0;
+}
+
+static void run(struct monitor *monitor, int signal_fd)
+{
+    uint64_t looked_ns = 0;
+    while (!monitor->over && !monitor_output_failed(&monitor->output)) {
+        bool asked = wait_for_something(monitor, signal_fd);
+        /* Children that a fork adds are at the end. */
+        for (size_t i = 0; i < monitor->count; i++)
+            read_events(monitor, monitor->list[i]);
+        if (asked)
+            return;
+        bool due = mf_now_ns() - looked_ns > PACE_MS * UINT64_C(1000000);
+        for (size_t i = 0; i < monitor->count; i++) {
+            struct followed *one = monitor->list[i];
+            bool fresh = one->scanned_ns == 0;
+            if (!due && !fresh && !mf_watch_has_ended(&one->watch))
+                continue;
+            if (look_after(monitor, one))
+                continue;
+            monitor->over |= i == 0;
+            unfollow(monitor, i--);
+        }
+        if (due)
+            looked_ns = mf_now_ns();
+    }
+}
+
+/* ---- beginning and end ---- */
+
+/** count_refused() - for the sentence that says what is watched. */
+static void introduce(const struct mf_watch *watch)
+{
+    char name[64], text[256] = "";
+    size_t watched = 0, read_only = 0, others = 0, odd = 0;
+    uint64_t watched_bytes = 0;
+    for (size_t i = 0; i < watch->count; i++) {
+        const struct mf_watched *map = &watch->maps[i];
+        watched += !map->refused;
+        watched_bytes += map->refused ? 0 : map->end_addr - map->start_addr;
+        read_only += map->refused == EPERM;
+        others += map->refused == EBUSY;
+        odd += map->refused && map->refused != EPERM && map->refused != EBUSY;
+    }
+    size_t length = 0;
+    if (read_only)
+        length += (size_t)snprintf(text + length, sizeof(text) - length,
+                                   ", %zu shared without the right to write", read_only);
+    if (others)
+        length += (size_t)snprintf(text + length, sizeof(text) - length,
+                                   ", %zu of another userfaultfd", others);
+    if (odd)
+        snprintf(text + length, sizeof(text) - length, ", %zu special", odd);
+    mf_target_comm(watch->pid, name, sizeof(name));
+    fprintf(stderr, "memferry: watching %zu of %zu mappings (%s) of %s (pid %d)%s%s\n", watched,
+            watch->count, show_bytes(watched_bytes).text, name, watch->pid,
+            text[0] ? "; can't be watched: " : "", text[0] ? text + 2 : "");
+}
+
+/** block_signals() - those that ask to end come by a descriptor. Ctrl-Z would stop us, and with us
+ * the process at its next event, so it is not heard. */
+static int block_signals(void)
+{
+    sigset_t wanted;
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGINT);
+    sigaddset(&wanted, SIGTERM);
+    sigaddset(&wanted, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &wanted, NULL);
+    signal(SIGTSTP, SIG_IGN);
+    return signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+/** raise_descriptor_limit() - every forked child takes a few. */
+static void raise_descriptor_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+static uint64_t epoch_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000 - mf_now_ns() / 1000;
+}
+
+int verb_monitor(const struct cli_args *args)
+{
+    struct monitor monitor = {.json = args->json, .epoch_us = epoch_us()};
+    struct mf_error err;
+    raise_descriptor_limit();
+    cleanup_close int signal_fd = block_signals();
+    struct followed *first = follow(&monitor);
+    if (!first)
+        return verb_complain(CLI_FAILED, "out of memory");
+    int rc = mf_watch_find(&first->watch, args->pid, &err);
+    if (rc == 0)
+        rc = mf_watch_attach(&first->watch, &err);
+    if (rc == 0) {
+        int code = -monitor_output_start(&monitor.output);
+        if (code)
+            rc = mf_fail(&err, code, "cannot start the thread that prints: %s", strerror(code));
+    }
+    if (rc < 0) {
+        unfollow(&monitor, 0);
+        free(monitor.list);
+        return verb_complain(CLI_FAILED, err.text);
+    }
+    scan(first);
+    introduce(&first->watch);
+    if (!monitor.json)
+        monitor_output_add(&monitor.output, monitor_header(), strlen(monitor_header()));
+    if (first->files.refused)
+        notice("files behind shared memory can't be opened (that takes CAP_SYS_ADMIN or "
+               "CAP_CHECKPOINT_RESTORE), so holes punched into them are not seen");
+
+    run(&monitor, signal_fd);
+    /* Letting go of a process is closing the descriptor: the kernel unregisters everything. */
+    while (monitor.count)
+        unfollow(&monitor, monitor.count - 1);
+    free(monitor.list);
+    if (!monitor_output_finish(&monitor.output))
+        return verb_complain(CLI_FAILED, "cannot write to the standard output");
+    return CLI_DONE;
+}

@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Watching the memory layout of a process that knows nothing of it, without making it wait on any
+ * page: a userfaultfd with all layout events, registered for nothing but asynchronous write
+ * protection (Linux 6.7), which is never used to protect anything.
+ *
+ * The userfaultfd is made inside the process (lib/inject.h) and closed there again before anything
+ * is registered. So the watching process holds the only reference: when it goes, in whatever way,
+ * the kernel takes everything back by itself and lets go of threads that wait for an event to be
+ * read. (A session's userfaultfd is treated the other way round: there, pages would be lost.)
+ *
+ * The process does wait for each event to be read. Whoever watches must keep reading.
+ *
+ * Not thread-safe: one thread a watch. Needs CAP_SYS_PTRACE, and what lib/inject.h needs.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "lib/change.h"
+#include "lib/error.h"
+#include "lib/extents.h"
+
+/** struct mf_watched - a mapping of the process that was met. */
+struct mf_watched {
+    uint64_t start_addr, end_addr, offset_bytes;
+    dev_t device;
+    ino_t inode;
+    bool shared;
+    int refused; /**< 0: it is watched; else why not, a positive errno */
+};
+
+/** struct mf_watch - one address space.
+ * @pid:     0: a child whose number could not be found out.
+ * @pidfd:   becomes readable when the process has ended; -1: not known, or ended long ago.
+ * @uffd:    becomes readable with an event; -1: no address space is watched at present.
+ * @maps:    @count mappings as of the last mf_watch_scan(), in ascending order.
+ * @stale:   the layout has changed since.
+ */
+struct mf_watch {
+    pid_t pid;
+    int pidfd, proc_fd, statm_fd, uffd;
+    struct mf_watched *maps;
+    size_t count;
+    uint64_t total_pages; /**< size of the address space at the last scan: proc_pid_statm(5) */
+    bool stale;
+};
+
+/** mf_watch_find() - a process by its number, before it is attached to.
+ * Refuses, by name: no such process, a thread's number, a kernel thread, one that has ended, no
+ * permission. Return: 0 with @watch initialised (mf_watch_end() ends it), or -errno with a
+ * sentence.
+ */
+int mf_watch_find(struct mf_watch *watch, pid_t pid, struct mf_error *err);
+
+/** mf_watch_attach() - begin to watch, or, after an exec, begin anew. Stops one thread for under a
+ * millisecond, twice. Nothing is registered yet: mf_watch_scan() does that. Return: 0 or -errno
+ * with a sentence (the kernel is too old, lib/inject.h's). */
+int mf_watch_attach(struct mf_watch *watch, struct mf_error *err);
+
+/**
+ * mf_watch_adopt() - watch a child that was forked: what the child inherited is watched already.
+ * @pid:  0 if it is not known.
+ * @uffd: as handed over with the fork; owned by @watch from now on.
+ * A child that has ended meanwhile is no error: it is told by `pidfd` or mf_watch_has_ended().
+ */
+void mf_watch_adopt(struct mf_watch *watch, pid_t pid, int uffd);
+
+/** mf_watch_let_go() - of the address space: the kernel takes everything back. The process itself
+ * is still known. */
+void mf_watch_let_go(struct mf_watch *watch);
+
+/** mf_watch_end() - let go, and free everything. */
+void mf_watch_end(struct mf_watch *watch);
+
+/**
+ * mf_watch_scan() - take up mappings that are not watched yet.
+ * A few µs a mapping. Mappings that can't be watched stay in `maps` with the reason. Return: 0 or
+ * -errno (-ESRCH: the address space is gone).
+ */
+int mf_watch_scan(struct mf_watch *watch);
+
+/** mf_watch_grown() - has the size of the address space changed since the last scan? About 2 µs. */
+bool mf_watch_grown(struct mf_watch *watch);
+
+/** mf_watch_has_ended() - has the process exited? */
+bool mf_watch_has_ended(const struct mf_watch *watch);
+
+/** mf_watch_has_memory() - has the process an address space at present? One that exits has none;
+ * one that has lost the one that was watched and has memory has done an exec. */
+bool mf_watch_has_memory(struct mf_watch *watch);
+
+/** mf_watch_fn - is told of each change, in the kernel's order. @change is complete but for
+ * `time_us`. @child_uffd: of a fork, else -1; the callee owns it and has to keep reading it. */
+typedef void mf_watch_fn(struct mf_watch *watch, const struct mf_change *change, int child_uffd,
+                         void *arg);
+
+/**
+ * mf_watch_read() - read what is there, at most about a hundred events, and find out who did it.
+ * Does not wait for events, but up to 100 ms for a forked child to appear. Return: how many were
+ * read, or -errno (-EMFILE: a fork waits for a descriptor of ours to become free).
+ */
+int mf_watch_read(struct mf_watch *watch, mf_watch_fn *fn, void *arg);
