@@ -352,6 +352,9 @@ static int read_all(struct mf_events *events, uint32_t context)
             event = 1;
             observed -= observed > 0;
         }
+        /* Fewer than there was room for: the kernel stopped at its own EAGAIN. */
+        if (n < (ssize_t)sizeof(messages))
+            return event;
     }
 }
 

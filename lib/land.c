@@ -302,3 +302,39 @@ void mf_land_current(const struct mf_lander *lander, const struct mf_frame *fram
     }
     lander->ops->landed(lander->arg, MF_LANDED_CURRENT, confirmed);
 }
+
+struct present {
+    const struct mf_lander *lander;
+    uint32_t region;
+    uint64_t waiting[16];
+    unsigned waiting_count;
+};
+
+/* One ioctl will serve the run, so who waits is only remembered; where many wait, not all are. */
+static void present_waiter(void *argument, uint64_t page)
+{
+    struct present *p = argument;
+    if (p->waiting_count < sizeof(p->waiting) / sizeof(p->waiting[0])) {
+        p->waiting[p->waiting_count++] = page;
+        return;
+    }
+    mf_resolve_page(&p->lander->resolver, p->region, page);
+    p->lander->ops->served(p->lander->arg, p->region, page);
+}
+
+void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                     uint64_t pages)
+{
+    struct present p = {.lander = lander, .region = region};
+    uint64_t confirmed =
+        mf_page_confirm_empty(&lander->pages[region], first, pages, present_waiter, &p);
+    if (confirmed == 0)
+        return;
+    if (pages == 1) /* may be a hole */
+        mf_resolve_page(&lander->resolver, region, first);
+    else /* at a hole who waits faults again, and is given zeros */
+        resolve_confirmed(lander, region, first, first + pages);
+    while (p.waiting_count > 0)
+        lander->ops->served(lander->arg, region, p.waiting[--p.waiting_count]);
+    lander->ops->landed(lander->arg, MF_LANDED_CURRENT, confirmed);
+}

@@ -72,3 +72,9 @@ void mf_land_zero(const struct mf_lander *lander, const struct mf_frame *frame);
 
 /** mf_land_current() - a CURRENT frame: what lies here is right. */
 void mf_land_current(const struct mf_lander *lander, const struct mf_frame *frame);
+
+/** mf_land_present() - somebody has written these pages' bytes into the RAM file by himself: those
+ * that are UNCONFIRMED are confirmed and resolved; holes among them are zeros. Told as
+ * MF_LANDED_CURRENT. */
+void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                     uint64_t pages);

@@ -153,6 +153,21 @@ uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page)
     return was;
 }
 
+uint8_t mf_page_unfault(const struct mf_pages *pages, uint64_t page)
+{
+    return atomic_fetch_and_explicit(&pages->state[page], (uint8_t)~MF_PAGE_FAULTED,
+                                     memory_order_acq_rel);
+}
+
+uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t count)
+{
+    uint64_t forgotten = 0;
+    for (uint64_t page = first; page < first + count; page++)
+        forgotten += mf_page_resolvable(atomic_exchange_explicit(
+            &pages->state[page], MF_PAGE_UNCONFIRMED, memory_order_acq_rel));
+    return forgotten;
+}
+
 uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uint64_t count,
                                void (*faulted)(void *arg, uint64_t page), void *arg)
 {

@@ -129,6 +129,14 @@ uint8_t mf_page_discard_finish(const struct mf_pages *pages, uint64_t page);
 /** mf_page_fault() - set FAULTED unless the page is resolvable. Return: the byte before. */
 uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page);
 
+/** mf_page_unfault() - clear FAULTED: whoever waits is made to fault again, or left for good.
+ *  Return: the byte before. */
+uint8_t mf_page_unfault(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_forget() - UNCONFIRMED again, over a run, whatever it was. Nobody lands these pages, and
+ * nobody has them mapped. Return: how many pages were resolvable. */
+uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t count);
+
 /**
  * mf_page_confirm_empty() - UNCONFIRMED → CONFIRMED over a run; pages in other states are left.
  * @faulted: called for each page of which FAULTED was set (it is cleared), or NULL.

@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * libmemferry's server from inside; its face is lib/include/memferry.h.
+ *
+ *   server.c         options, the serving thread and its loop, faults and events
+ *   server_layout.c  contexts, regions, mappings
+ *   server_fill.c    pages that come in, and what became of them
+ *   provider_*.c     the providers that come with the library
+ *
+ * One thread serves at a time: it holds @turn. It alone reads the userfaultfds and changes the
+ * layout; others who want to change it give it a job, or take the turn if nobody has it. Fillers
+ * need no turn. Everything they share is atomic, and no lock lies on a fault's way.
+ */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lib/error.h"
+#include "lib/events.h"
+#include "lib/include/memferry.h"
+#include "lib/land.h"
+
+/** struct server_job - something that must happen on the serving thread, on its caller's stack. */
+struct server_job {
+    struct server_job *next;
+    int (*run)(struct memferry_server *server, void *arg);
+    void *arg;
+    int result;
+    bool done;
+};
+
+struct memferry_server {
+    struct memferry_server_options options;
+    struct memferry_provider provider; /**< want is NULL: none */
+
+    struct mf_layout layout;
+    struct mf_region region[MEMFERRY_REGIONS_MAX];
+    struct mf_pages pages[MEMFERRY_REGIONS_MAX];
+    uint64_t state_bytes[MEMFERRY_REGIONS_MAX]; /**< length of the mapping at pages[].state */
+    _Atomic uint32_t region_count, context_count;
+    int context_fd[MEMFERRY_CONTEXTS_MAX];
+    uint64_t context_features[MEMFERRY_CONTEXTS_MAX];
+
+    struct mf_events events;
+    struct mf_lander lander; /**< the serving thread's */
+    uint8_t *scratch;        /**< where a provider may put what it was asked for */
+    uint64_t scratch_bytes;
+    int epoll_fd, wake_fd;
+
+    pthread_mutex_t turn;
+    _Atomic bool busy;     /**< somebody has the turn, and it is … */
+    _Atomic pthread_t who; /**< … this thread */
+    bool applying;         /**< it is in on_change, so in the middle of a batch of events */
+
+    pthread_mutex_t jobs_lock; /**< of jobs and of started */
+    pthread_cond_t jobs_done;
+    struct server_job *jobs;
+    _Atomic bool have_jobs;
+
+    pthread_t thread;
+    bool started;
+    _Atomic bool stop;
+    int ended; /**< why the thread ended by itself */
+
+    _Atomic uint64_t again_at_ns; /**< when to let all who wait fault again; 0: not needed */
+    _Atomic uint64_t missing_pages;
+    _Atomic uint64_t faults, wanted, data_pages, zero_pages, present_pages, discarded_pages,
+        events_seen;
+};
+
+/* ---- server.c ---- */
+
+/** server_fail() - leave a sentence for memferry_why(). Return: -@code. */
+int server_fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/** server_pass() - the same from a struct mf_error. Return: -err->code. */
+int server_pass(const struct mf_error *err);
+
+/** server_give_provider() - copy as much of @provider to its user as his struct_bytes says. Return:
+ * 0. */
+int server_give_provider(const struct memferry_provider *provider, struct memferry_provider *out);
+
+/** server_do() - run @run with the turn: on this thread if it can be had, else on the one that
+ * serves. Return: what it returned, or -EDEADLK from on_change. */
+int server_do(struct memferry_server *server, int (*run)(struct memferry_server *server, void *arg),
+              void *arg);
+
+/** server_serves_here() - is this the thread that serves? */
+bool server_serves_here(const struct memferry_server *server);
+
+/** server_wake() - make the serving thread look at its flags. Any thread. */
+void server_wake(struct memferry_server *server);
+
+/* ---- server_fill.c ---- */
+
+/** server_lander() - what a thread lands with. @on_event, @arg: see struct mf_resolver. */
+struct mf_lander server_lander(struct memferry_server *server, void (*on_event)(void *arg),
+                               void *arg);
+
+/** server_land() - land what @answer says: bytes, zeros, or what lies in the file. Serving thread
+ * or any other, by its lander. Tells on_failure. Return: 0 or -errno. */
+int server_land(struct memferry_server *server, const struct mf_lander *lander,
+                enum memferry_answer answer, uint32_t region, uint64_t first, uint64_t pages,
+                const void *bytes);
+
+/** server_failed() - these pages can't be had: if any is waited for ask on_failure, and do that. */
+void server_failed(struct memferry_server *server, uint32_t region, uint64_t first, uint64_t pages,
+                   int error);
+
+/** server_discard() - pages are discarded (struct mf_events_ops.discard; @server). */
+void server_discard(void *server, uint32_t region, uint64_t first, uint64_t pages);
+
+/** server_check_run() - are these pages of a region? Return: 0, or -EINVAL with a sentence. */
+int server_check_run(const struct memferry_server *server, uint32_t region, uint64_t first,
+                     uint64_t pages);

@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/server.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "lib/uffd.h"
+#include "lib/util.h"
+
+#define AGAIN_NS UINT64_C(100000000)
+
+static void count(_Atomic uint64_t *figure, uint64_t more)
+{
+    atomic_fetch_add_explicit(figure, more, memory_order_relaxed);
+}
+
+/* ---- what landing tells ---- */
+
+static void served(void *server, uint32_t region, uint64_t page)
+{
+    (void)server;
+    (void)region;
+    (void)page;
+}
+
+static void landed(void *argument, enum mf_landed what, uint64_t pages)
+{
+    struct memferry_server *s = argument;
+    if (pages == 0 || what == MF_LANDED_ROUND)
+        return;
+    count(what == MF_LANDED_DATA        ? &s->data_pages
+          : what == MF_LANDED_CURRENT   ? &s->present_pages
+          : what == MF_LANDED_DISCARDED ? &s->discarded_pages
+                                        : &s->zero_pages,
+          pages);
+    atomic_fetch_sub(&s->missing_pages, pages);
+}
+
+static void broken(void *argument, uint32_t region, int error)
+{
+    struct memferry_server *s = argument;
+    const struct memferry_failure failure = {
+        .struct_bytes = sizeof(failure), .region = region, .error = error};
+    if (s->options.on_failure)
+        s->options.on_failure(s->options.arg, &failure);
+}
+
+struct mf_lander server_lander(struct memferry_server *s, void (*on_event)(void *arg), void *arg)
+{
+    static const struct mf_lander_ops ops = {served, landed, broken};
+    return (struct mf_lander){.resolver = {.region = s->region,
+                                           .layout = &s->layout,
+                                           .context_fd = s->context_fd,
+                                           .on_event = on_event,
+                                           .arg = arg},
+                              .pages = s->pages,
+                              .ops = &ops,
+                              .arg = s};
+}
+
+static void nothing(void *arg)
+{
+    (void)arg; /* the serving thread reads events */
+}
+
+void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
+{
+    struct memferry_server *s = argument;
+    uint64_t gone = 0;
+    for (uint64_t page = first; page < first + pages; page++) {
+        uint8_t was = mf_page_discard(&s->pages[region], page);
+        if (mf_page_state_of(was) == MF_PAGE_LANDING)
+            continue; /* its lander finishes it */
+        gone += !mf_page_resolvable(was);
+        if (was & MF_PAGE_FAULTED)
+            mf_resolve_wake(&s->lander.resolver, region, page);
+    }
+    landed(s, MF_LANDED_DISCARDED, gone);
+}
+
+/* ---- what could not be had ---- */
+
+static void poison(struct memferry_server *s, uint32_t region, uint64_t page)
+{
+    const uint64_t page_bytes = s->region[region].page_bytes;
+    struct mf_range ranges[32];
+    unsigned n = mf_layout_ranges(&s->layout, region, page * page_bytes, page_bytes, ranges, 32);
+    for (unsigned i = 0; i < n && i < 32; i++) {
+        struct uffdio_poison arg = {
+            .range = {.start = ranges[i].start_addr, .len = ranges[i].length_bytes}};
+        ioctl(s->context_fd[ranges[i].context], UFFDIO_POISON, &arg);
+    }
+}
+
+void server_failed(struct memferry_server *s, uint32_t region, uint64_t first, uint64_t pages,
+                   int error)
+{
+    const uint64_t end = first + pages;
+    while (first < end && !(mf_page_load(&s->pages[region], first) & MF_PAGE_FAULTED))
+        first++;
+    pages = end - first;
+    if (pages == 0)
+        return;
+    const struct memferry_failure failure = {.struct_bytes = sizeof(failure),
+                                             .region = region,
+                                             .error = error,
+                                             .first_page = first,
+                                             .pages = pages};
+    int remedy = MEMFERRY_AGAIN;
+    if (s->options.on_failure)
+        remedy = s->options.on_failure(s->options.arg, &failure);
+    if (remedy == MEMFERRY_HOLD)
+        return;
+    for (uint64_t page = first; page < end; page++) {
+        if (!(mf_page_unfault(&s->pages[region], page) & MF_PAGE_FAULTED))
+            continue;
+        if (remedy == MEMFERRY_POISON)
+            poison(s, region, page);
+    }
+    if (remedy != MEMFERRY_POISON) {
+        uint64_t none = 0;
+        if (atomic_compare_exchange_strong(&s->again_at_ns, &none, mf_now_ns() + AGAIN_NS))
+            server_wake(s);
+    }
+}
+
+/* ---- filling ---- */
+
+int server_check_run(const struct memferry_server *s, uint32_t region, uint64_t first,
+                     uint64_t pages)
+{
+    if (region >= atomic_load(&s->region_count))
+        return server_fail(EINVAL, "there is no region %u", region);
+    const uint64_t all = s->region[region].pages;
+    if (first > all || pages > all - first)
+        return server_fail(EINVAL, "pages %llu to %llu go beyond the %llu of region %u",
+                           (unsigned long long)first, (unsigned long long)(first + pages),
+                           (unsigned long long)all, region);
+    return 0;
+}
+
+/* A page of hugetlbfs: into the second mapping, as there is no write(2). */
+static int land_huge(const struct mf_lander *lander, const struct mf_frame *frame,
+                     const uint8_t *bytes)
+{
+    uint8_t *to;
+    int r = mf_land_begin_huge(lander, frame, &to);
+    if (r < 0 || !to)
+        return r;
+    memcpy(to, bytes, lander->resolver.region[frame->region].page_bytes);
+    mf_land_end_huge(lander, frame, true);
+    return 0;
+}
+
+static int land_bytes(const struct mf_lander *lander, struct mf_frame frame, const uint8_t *bytes)
+{
+    const struct mf_region *region = &lander->resolver.region[frame.region];
+    if (region->kind != MF_MEMORY_HUGETLB)
+        return mf_land_data(lander, &frame, bytes);
+    const uint64_t end = frame.first_page + frame.pages;
+    int r = 0;
+    for (frame.pages = 1; r == 0 && frame.first_page < end; frame.first_page++) {
+        r = land_huge(lander, &frame, bytes);
+        bytes += region->page_bytes;
+    }
+    return r;
+}
+
+int server_land(struct memferry_server *s, const struct mf_lander *lander,
+                enum memferry_answer answer, uint32_t region, uint64_t first, uint64_t pages,
+                const void *bytes)
+{
+    const struct mf_frame frame = {.type = answer == MEMFERRY_DATA ? MF_FRAME_DATA : MF_FRAME_ZERO,
+                                   .region = (uint16_t)region,
+                                   .first_page = first,
+                                   .pages = pages};
+    if (answer == MEMFERRY_DATA) {
+        int r = land_bytes(lander, frame, bytes);
+        if (r < 0)
+            server_failed(s, region, first, pages, r);
+        return r;
+    }
+    if (answer == MEMFERRY_PRESENT)
+        mf_land_present(lander, region, first, pages);
+    else
+        mf_land_zero(lander, &frame);
+    return 0;
+}
+
+static int fill(struct memferry_server *s, enum memferry_answer answer, uint32_t region,
+                uint64_t first, uint64_t pages, const void *bytes)
+{
+    int r = server_check_run(s, region, first, pages);
+    if (r < 0 || pages == 0)
+        return r;
+    /* A provider may answer at once by filling: then this is the serving thread, which must read
+     * events itself where they are in the way. */
+    const struct mf_lander elsewhere = server_lander(s, nothing, NULL);
+    r = server_land(s, server_serves_here(s) ? &s->lander : &elsewhere, answer, region, first,
+                    pages, bytes);
+    return r < 0 ? server_fail(-r, "cannot fill %llu pages of region %u: %s",
+                               (unsigned long long)pages, region, strerror(-r))
+                 : 0;
+}
+
+int memferry_fill(struct memferry_server *s, uint32_t region, uint64_t first_page, uint64_t pages,
+                  const void *bytes)
+{
+    return fill(s, MEMFERRY_DATA, region, first_page, pages, bytes);
+}
+
+int memferry_fill_zero(struct memferry_server *s, uint32_t region, uint64_t first_page,
+                       uint64_t pages)
+{
+    return fill(s, MEMFERRY_ZERO, region, first_page, pages, NULL);
+}
+
+int memferry_fill_present(struct memferry_server *s, uint32_t region, uint64_t first_page,
+                          uint64_t pages)
+{
+    int r = server_check_run(s, region, first_page, pages);
+    if (r == 0 && s->region[region].kind == MF_MEMORY_PRIVATE)
+        return server_fail(EINVAL, "anonymous memory has no file in which pages could be present");
+    return r < 0 ? r : fill(s, MEMFERRY_PRESENT, region, first_page, pages, NULL);
+}
+
+int memferry_fill_failed(struct memferry_server *s, uint32_t region, uint64_t first_page,
+                         uint64_t pages, int error)
+{
+    int r = server_check_run(s, region, first_page, pages);
+    if (r == 0)
+        server_failed(s, region, first_page, pages, error);
+    return r;
+}
+
+int memferry_forget(struct memferry_server *s, uint32_t region, uint64_t first_page, uint64_t pages)
+{
+    int r = server_check_run(s, region, first_page, pages);
+    if (r == 0)
+        atomic_fetch_add(&s->missing_pages, mf_page_forget(&s->pages[region], first_page, pages));
+    return r;
+}
+
+struct run {
+    uint32_t region;
+    uint64_t first, pages;
+};
+
+static int discard(struct memferry_server *s, void *argument)
+{
+    const struct run *run = argument;
+    server_discard(s, run->region, run->first, run->pages);
+    return 0;
+}
+
+int memferry_discard(struct memferry_server *s, uint32_t region, uint64_t first_page,
+                     uint64_t pages)
+{
+    struct run run = {region, first_page, pages};
+    int r = server_check_run(s, region, first_page, pages);
+    return r < 0 ? r : server_do(s, discard, &run);
+}
+
+/* ---- looking ---- */
+
+int memferry_page_state(const struct memferry_server *s, uint32_t region, uint64_t page)
+{
+    int r = server_check_run(s, region, page, 1);
+    return r < 0 ? r : (int)mf_page_state_of(mf_page_load(&s->pages[region], page));
+}
+
+uint64_t memferry_next_missing(const struct memferry_server *s, uint32_t region,
+                               uint64_t *first_page)
+{
+    return region < atomic_load(&s->region_count)
+               ? mf_page_next_run(&s->pages[region], MF_PAGE_UNCONFIRMED, first_page)
+               : 0;
+}
+
+uint64_t memferry_missing_pages(const struct memferry_server *s)
+{
+    return atomic_load(&s->missing_pages);
+}

@@ -1,0 +1,362 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include "lib/server.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "lib/uffd.h"
+#include "lib/util.h"
+
+/* ---- contexts ---- */
+
+struct new_context {
+    int fd;
+    uint64_t features;
+};
+
+static int add_context(struct memferry_server *s, void *argument)
+{
+    const struct new_context *made = argument;
+    uint32_t context = atomic_load(&s->context_count);
+    if (context == MEMFERRY_CONTEXTS_MAX)
+        return server_fail(ENOSPC, "a server has at most %u contexts", MEMFERRY_CONTEXTS_MAX);
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = context};
+    if (epoll_ctl(s->epoll_fd, EPOLL_CTL_ADD, made->fd, &event) != 0)
+        return server_fail(errno, "cannot wait for a userfaultfd: %s", strerror(errno));
+    s->context_fd[context] = made->fd;
+    s->context_features[context] = made->features;
+    atomic_store(&s->context_count, context + 1);
+    return (int)context;
+}
+
+/* Features: what every server needs; what it uses where the kernel has it. */
+static int handshake(const struct memferry_server *s, int fd, uint64_t *features)
+{
+    struct mf_error err;
+    uint64_t required = MF_UFFD_FEATURES;
+    if (s->options.flags & MEMFERRY_FOLLOW_FORKS)
+        required |= UFFD_FEATURE_EVENT_FORK;
+    int r =
+        mf_uffd_api(fd, required, MF_UFFD_FEATURES_WANTED | UFFD_FEATURE_POISON, features, &err);
+    return r < 0 ? server_pass(&err) : 0;
+}
+
+int memferry_context_open(struct memferry_server *s)
+{
+    cleanup_close int fd = mf_uffd_open();
+    if (fd < 0)
+        return server_fail(-fd,
+                           "cannot make a userfaultfd: %s; it needs CAP_SYS_PTRACE, the sysctl "
+                           "vm.unprivileged_userfaultfd=1 or the right to open /dev/userfaultfd",
+                           strerror(-fd));
+    struct new_context made = {.fd = fd};
+    int r = handshake(s, fd, &made.features);
+    if (r >= 0)
+        r = server_do(s, add_context, &made);
+    if (r >= 0)
+        mf_steal_fd(&fd);
+    return r;
+}
+
+int memferry_context_adopt(struct memferry_server *s, int uffd)
+{
+    cleanup_close int fd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0)
+        return server_fail(errno, "cannot adopt descriptor %d: %s", uffd, strerror(errno));
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0)
+        return server_fail(errno, "cannot make descriptor %d non-blocking: %s", uffd,
+                           strerror(errno));
+    /* Reading one without its handshake fails with EINVAL, with it EAGAIN, and anything else is no
+     * userfaultfd: but reading may take a message. The handshake tells as well: it can be done
+     * once.
+     */
+    struct new_context made = {.fd = fd};
+    struct uffdio_range nothing = {0};
+    int r = handshake(s, fd, &made.features);
+    if (r == -EINVAL && ioctl(fd, UFFDIO_WAKE, &nothing) != 0 && errno == EINVAL)
+        r = 0; /* somebody has done it: WAKE of nothing at all is refused only after it */
+    if (r == -ENOTTY)
+        return server_fail(EINVAL, "descriptor %d is no userfaultfd", uffd);
+    if (r >= 0)
+        r = server_do(s, add_context, &made);
+    if (r >= 0)
+        mf_steal_fd(&fd);
+    return r;
+}
+
+/* ---- regions ---- */
+
+static int check_file(const struct memferry_region *from, struct mf_region *region)
+{
+    struct statfs fs;
+    struct stat st;
+    if (fstatfs(from->fd, &fs) != 0 || fstat(from->fd, &st) != 0)
+        return server_fail(errno, "cannot look at the region's file: %s", strerror(errno));
+    const bool huge = from->memory == MEMFERRY_HUGETLB;
+    if ((uint64_t)fs.f_type != (huge ? HUGETLBFS_MAGIC : TMPFS_MAGIC))
+        return server_fail(EINVAL, "the region's file does not lie on %s",
+                           huge ? "hugetlbfs" : "tmpfs");
+    const uint32_t file_page_bytes = huge ? (uint32_t)fs.f_bsize : (uint32_t)sysconf(_SC_PAGESIZE);
+    if (region->page_bytes && region->page_bytes != file_page_bytes)
+        return server_fail(EINVAL, "the region's file has pages of %u bytes, not %u",
+                           file_page_bytes, region->page_bytes);
+    region->page_bytes = file_page_bytes;
+    if (from->length_bytes > (uint64_t)st.st_size)
+        return server_fail(EINVAL, "the region's file has %llu bytes, fewer than %llu",
+                           (unsigned long long)st.st_size, (unsigned long long)from->length_bytes);
+    return 0;
+}
+
+static int map_states(struct memferry_server *s, const struct memferry_region *from, uint32_t index)
+{
+    const uint64_t pages = s->region[index].pages;
+    const uint64_t bytes = (pages + 4095) & ~UINT64_C(4095);
+    if (from->states_in_file) {
+        struct stat st;
+        if (fstat(from->states_fd, &st) != 0)
+            return server_fail(errno, "cannot look at the file of the page states: %s",
+                               strerror(errno));
+        if ((uint64_t)st.st_size < from->states_offset_bytes ||
+            (uint64_t)st.st_size - from->states_offset_bytes < pages)
+            return server_fail(
+                EINVAL, "the file of the page states is too short: %llu bytes at %llu",
+                (unsigned long long)pages, (unsigned long long)from->states_offset_bytes);
+    }
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                    from->states_in_file ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS,
+                    from->states_in_file ? from->states_fd : -1,
+                    from->states_in_file ? (off_t)from->states_offset_bytes : 0);
+    if (at == MAP_FAILED)
+        return server_fail(errno, "cannot map the page states: %s", strerror(errno));
+    s->pages[index] = (struct mf_pages){.state = at, .count = pages};
+    s->state_bytes[index] = bytes;
+    return 0;
+}
+
+/* Room for what a provider is offered at once. */
+static int make_scratch(struct memferry_server *s, uint32_t page_bytes)
+{
+    const uint64_t around = s->options.around_pages > 1 ? s->options.around_pages : 1;
+    uint64_t bytes = around * page_bytes;
+    if (page_bytes > 65536)
+        bytes = page_bytes;
+    if (bytes <= s->scratch_bytes)
+        return 0;
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE,
+                    -1, 0);
+    if (at == MAP_FAILED)
+        return server_fail(ENOMEM, "out of memory for a provider's pages");
+    if (s->scratch)
+        munmap(s->scratch, s->scratch_bytes);
+    s->scratch = at;
+    s->scratch_bytes = bytes;
+    return 0;
+}
+
+static void punch(void *argument, uint64_t page)
+{
+    const struct mf_region *region = argument;
+    if (region->fd >= 0)
+        fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)(page * region->page_bytes), region->page_bytes);
+}
+
+static void drop_region(struct memferry_server *s, uint32_t index)
+{
+    struct mf_region *region = &s->region[index];
+    if (s->pages[index].state)
+        munmap((void *)s->pages[index].state, s->state_bytes[index]);
+    if (region->map)
+        munmap(region->map, region->size_bytes);
+    mf_close_p(&region->fd);
+    *region = (struct mf_region){.fd = -1};
+    s->pages[index] = (struct mf_pages){0};
+}
+
+static int fill_in_region(struct memferry_server *s, const struct memferry_region *from,
+                          uint32_t index)
+{
+    struct mf_region *region = &s->region[index];
+    const bool anonymous = from->memory == MEMFERRY_ANONYMOUS;
+    *region = (struct mf_region){.fd = -1, .page_bytes = from->page_bytes};
+    region->kind = anonymous                          ? MF_MEMORY_PRIVATE
+                   : from->memory == MEMFERRY_HUGETLB ? MF_MEMORY_HUGETLB
+                                                      : MF_MEMORY_TMPFS;
+    if (from->memory < MEMFERRY_SHMEM || from->memory > MEMFERRY_ANONYMOUS)
+        return server_fail(EINVAL, "a region is of an unknown kind of memory (%u)", from->memory);
+    int r = anonymous ? 0 : check_file(from, region);
+    if (r < 0)
+        return r;
+    if (!region->page_bytes)
+        region->page_bytes = (uint32_t)sysconf(_SC_PAGESIZE);
+    if (anonymous && region->page_bytes != (uint32_t)sysconf(_SC_PAGESIZE))
+        return server_fail(EINVAL, "anonymous memory has pages of %ld bytes, not %u",
+                           sysconf(_SC_PAGESIZE), region->page_bytes);
+    if (from->length_bytes == 0 || from->length_bytes % region->page_bytes != 0)
+        return server_fail(EINVAL,
+                           "a region's length (%llu) is not a multiple of its page size (%u)",
+                           (unsigned long long)from->length_bytes, region->page_bytes);
+    region->size_bytes = from->length_bytes;
+    region->pages = from->length_bytes / region->page_bytes;
+    snprintf(region->name, sizeof(region->name), "region %u", index);
+    if (!anonymous) {
+        region->fd = fcntl(from->fd, F_DUPFD_CLOEXEC, 0);
+        if (region->fd < 0)
+            return server_fail(errno, "cannot duplicate the region's file: %s", strerror(errno));
+        void *at =
+            mmap(NULL, region->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, 0);
+        if (at == MAP_FAILED)
+            return server_fail(errno,
+                               "cannot map the region's file a second time: %s; it must be open "
+                               "for reading and writing",
+                               strerror(errno));
+        region->map = at;
+    }
+    r = map_states(s, from, index);
+    return r < 0 ? r : make_scratch(s, region->page_bytes);
+}
+
+static int add_region(struct memferry_server *s, void *argument)
+{
+    const struct memferry_region *from = argument;
+    const uint32_t index = atomic_load(&s->region_count);
+    if (index == MEMFERRY_REGIONS_MAX)
+        return server_fail(ENOSPC, "a server has at most %u regions", MEMFERRY_REGIONS_MAX);
+    int r = fill_in_region(s, from, index);
+    if (r < 0) {
+        drop_region(s, index);
+        return r;
+    }
+    uint64_t missing = s->region[index].pages;
+    if (from->flags & MEMFERRY_REGION_TAKE_OVER)
+        missing = mf_page_restart(&s->pages[index], punch, &s->region[index]);
+    else if (from->states_in_file)
+        memset((void *)s->pages[index].state, 0, s->region[index].pages);
+    atomic_fetch_add(&s->missing_pages, missing);
+    atomic_store(&s->region_count, index + 1);
+    return (int)index;
+}
+
+int memferry_region_add(struct memferry_server *s, const struct memferry_region *region)
+{
+    struct memferry_region from = {0};
+    memcpy(&from, region,
+           region->struct_bytes < sizeof(from) ? region->struct_bytes : sizeof(from));
+    return server_do(s, add_region, &from);
+}
+
+/* ---- mappings ---- */
+
+/* MISSING alone for memory without a file; of MINOR it has none. */
+static int watch(struct memferry_server *s, const struct memferry_mapping *m)
+{
+    struct mf_error err;
+    int r = mf_uffd_register(s->context_fd[m->context], m->start_addr, m->length_bytes, &err);
+    return r < 0 ? server_pass(&err) : 0;
+}
+
+static int add_mapping(struct memferry_server *s, void *argument)
+{
+    const struct memferry_mapping *m = argument;
+    if (m->context >= atomic_load(&s->context_count) || m->region >= atomic_load(&s->region_count))
+        return server_fail(EINVAL, "a mapping names context %u or region %u, which there is not",
+                           m->context, m->region);
+    const struct mf_region *region = &s->region[m->region];
+    const uint64_t mask = region->page_bytes - 1;
+    if (m->length_bytes == 0 || ((m->start_addr | m->length_bytes | m->offset_bytes) & mask) ||
+        m->offset_bytes > region->size_bytes ||
+        m->length_bytes > region->size_bytes - m->offset_bytes)
+        return server_fail(EINVAL,
+                           "a mapping of %llu bytes at %#llx does not fit its region's pages of %u "
+                           "bytes or its end",
+                           (unsigned long long)m->length_bytes, (unsigned long long)m->start_addr,
+                           region->page_bytes);
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    unsigned count = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
+    if (count == MF_MAPPINGS_MAX)
+        return server_fail(E2BIG, "a server holds at most %u mappings", MF_MAPPINGS_MAX);
+    for (unsigned i = 0; i < count; i++)
+        if (mappings[i].context == m->context &&
+            mappings[i].start_addr < m->start_addr + m->length_bytes &&
+            m->start_addr < mappings[i].start_addr + mappings[i].length_bytes)
+            return server_fail(EINVAL, "a mapping at %#llx overlaps one that is served already",
+                               (unsigned long long)m->start_addr);
+    /* Known first, watched then: a fault finds it. */
+    mappings[count++] = (struct mf_mapping){.start_addr = m->start_addr,
+                                            .length_bytes = m->length_bytes,
+                                            .offset_bytes = m->offset_bytes,
+                                            .region = m->region,
+                                            .context = m->context};
+    mf_layout_set(&s->layout, mappings, count);
+    if (m->flags & MEMFERRY_MAPPING_REGISTERED) {
+        mf_uffd_wake(s->context_fd[m->context], m->start_addr, m->length_bytes);
+        return 0;
+    }
+    int r = watch(s, m);
+    if (r < 0)
+        mf_layout_set(&s->layout, mappings, count - 1);
+    return r;
+}
+
+int memferry_mapping_add(struct memferry_server *s, const struct memferry_mapping *mapping)
+{
+    struct memferry_mapping from = {0};
+    memcpy(&from, mapping,
+           mapping->struct_bytes < sizeof(from) ? mapping->struct_bytes : sizeof(from));
+    return server_do(s, add_mapping, &from);
+}
+
+struct range {
+    uint32_t context;
+    uint64_t start_addr, length_bytes;
+};
+
+static int remove_mapping(struct memferry_server *s, void *argument)
+{
+    const struct range *range = argument;
+    if (range->context >= atomic_load(&s->context_count))
+        return server_fail(EINVAL, "there is no context %u", range->context);
+    int r = mf_layout_unmap(&s->layout, range->context, range->start_addr,
+                            range->start_addr + range->length_bytes);
+    if (r < 0)
+        return server_fail(-r, "a server holds at most %u mappings", MF_MAPPINGS_MAX);
+    r = mf_uffd_unregister(s->context_fd[range->context], range->start_addr, range->length_bytes);
+    return r < 0 ? server_fail(-r, "cannot unregister memory at %#llx: %s",
+                               (unsigned long long)range->start_addr, strerror(-r))
+                 : 0;
+}
+
+int memferry_mapping_remove(struct memferry_server *s, uint32_t context, uint64_t start_addr,
+                            uint64_t length_bytes)
+{
+    struct range range = {context, start_addr, length_bytes};
+    return server_do(s, remove_mapping, &range);
+}
+
+int memferry_mappings(const struct memferry_server *s, struct memferry_mapping *out, unsigned max)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    unsigned count = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
+    char *at = (char *)out; /* by the caller's size of the struct, not ours */
+    const size_t stride = max ? out->struct_bytes : 0;
+    for (unsigned i = 0; i < count && i < max; i++, at += stride) {
+        struct memferry_mapping one = {
+            .context = mappings[i].context,
+            .region = mappings[i].region,
+            .start_addr = mappings[i].start_addr,
+            .length_bytes = mappings[i].length_bytes,
+            .offset_bytes = mappings[i].offset_bytes,
+        };
+        one.struct_bytes = stride < sizeof(one) ? stride : sizeof(one);
+        memcpy(at, &one, one.struct_bytes);
+    }
+    return (int)count;
+}
