@@ -93,9 +93,18 @@ static void ask(struct memferry_server *s, uint32_t region, uint64_t page)
 static void on_fault(void *argument, const struct mf_fault *fault, uint32_t region, uint64_t page)
 {
     struct memferry_server *s = argument;
-    (void)fault;
     count(&s->faults, 1);
+    if (region == MF_REGION_ZEROS) {
+        mf_resolve_zeros(&s->lander.resolver, fault->context, fault->addr);
+        return;
+    }
     uint8_t byte = mf_page_load(&s->pages[region], page);
+    if (s->region[region].kind == MF_MEMORY_PRIVATE && mf_page_resolvable(byte) &&
+        (byte & MF_PAGE_PLACED)) {
+        /* It has the page: the fault is older than that. Zeros would be wrong, whatever happens. */
+        mf_resolve_wake(&s->lander.resolver, region, page);
+        return;
+    }
     if (!mf_page_resolvable(byte)) {
         if (byte & MF_PAGE_FAULTED)
             return; /* it has been asked for; one ioctl will wake them all */
@@ -409,6 +418,7 @@ int memferry_server_new(const struct memferry_server_options *options,
     s->events.layout = &s->layout;
     s->events.region = s->region;
     s->events.context_fd = s->context_fd;
+    s->events.gate = &s->gate;
     *server = s;
     return 0;
 }

@@ -37,6 +37,7 @@ struct memferry_server {
     struct memferry_provider provider; /**< want is NULL: none */
 
     struct mf_layout layout;
+    struct mf_gate gate; /**< between those who fill and the one who reads events */
     struct mf_region region[MEMFERRY_REGIONS_MAX];
     struct mf_pages pages[MEMFERRY_REGIONS_MAX];
     uint64_t state_bytes[MEMFERRY_REGIONS_MAX]; /**< length of the mapping at pages[].state */

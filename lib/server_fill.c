@@ -54,7 +54,8 @@ struct mf_lander server_lander(struct memferry_server *s, void (*on_event)(void 
                                            .layout = &s->layout,
                                            .context_fd = s->context_fd,
                                            .on_event = on_event,
-                                           .arg = arg},
+                                           .arg = arg,
+                                           .gate = &s->gate},
                               .pages = s->pages,
                               .ops = &ops,
                               .arg = s};

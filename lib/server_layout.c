@@ -259,8 +259,18 @@ int memferry_region_add(struct memferry_server *s, const struct memferry_region 
 static int watch(struct memferry_server *s, const struct memferry_mapping *m)
 {
     struct mf_error err;
-    int r = mf_uffd_register(s->context_fd[m->context], m->start_addr, m->length_bytes, &err);
+    int r = (s->region[m->region].kind == MF_MEMORY_PRIVATE ? mf_uffd_register_private
+                                                            : mf_uffd_register)(
+        s->context_fd[m->context], m->start_addr, m->length_bytes, &err);
     return r < 0 ? server_pass(&err) : 0;
+}
+
+/* Who fills looks up and names to the kernel what he found: not in between (lib/gate.h). */
+static void set_layout(struct memferry_server *s, const struct mf_mapping *mappings, unsigned count)
+{
+    mf_gate_close(&s->gate);
+    mf_layout_set(&s->layout, mappings, count);
+    mf_gate_open(&s->gate);
 }
 
 static int add_mapping(struct memferry_server *s, void *argument)
@@ -295,14 +305,14 @@ static int add_mapping(struct memferry_server *s, void *argument)
                                             .offset_bytes = m->offset_bytes,
                                             .region = m->region,
                                             .context = m->context};
-    mf_layout_set(&s->layout, mappings, count);
+    set_layout(s, mappings, count);
     if (m->flags & MEMFERRY_MAPPING_REGISTERED) {
         mf_uffd_wake(s->context_fd[m->context], m->start_addr, m->length_bytes);
         return 0;
     }
     int r = watch(s, m);
     if (r < 0)
-        mf_layout_set(&s->layout, mappings, count - 1);
+        set_layout(s, mappings, count - 1);
     return r;
 }
 
@@ -324,8 +334,10 @@ static int remove_mapping(struct memferry_server *s, void *argument)
     const struct range *range = argument;
     if (range->context >= atomic_load(&s->context_count))
         return server_fail(EINVAL, "there is no context %u", range->context);
+    mf_gate_close(&s->gate);
     int r = mf_layout_unmap(&s->layout, range->context, range->start_addr,
                             range->start_addr + range->length_bytes);
+    mf_gate_open(&s->gate);
     if (r < 0)
         return server_fail(-r, "a server holds at most %u mappings", MF_MAPPINGS_MAX);
     r = mf_uffd_unregister(s->context_fd[range->context], range->start_addr, range->length_bytes);
@@ -347,7 +359,10 @@ int memferry_mappings(const struct memferry_server *s, struct memferry_mapping *
     unsigned count = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
     char *at = (char *)out; /* by the caller's size of the struct, not ours */
     const size_t stride = max ? out->struct_bytes : 0;
-    for (unsigned i = 0; i < count && i < max; i++, at += stride) {
+    unsigned told = 0;
+    for (unsigned i = 0; i < count; i++) {
+        if (mappings[i].region == MF_REGION_ZEROS || told++ >= max)
+            continue;
         struct memferry_mapping one = {
             .context = mappings[i].context,
             .region = mappings[i].region,
@@ -357,6 +372,7 @@ int memferry_mappings(const struct memferry_server *s, struct memferry_mapping *
         };
         one.struct_bytes = stride < sizeof(one) ? stride : sizeof(one);
         memcpy(at, &one, one.struct_bytes);
+        at += stride;
     }
-    return (int)count;
+    return (int)told;
 }
