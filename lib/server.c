@@ -445,10 +445,18 @@ int server_give_provider(const struct memferry_provider *provider, struct memfer
     return 0;
 }
 
+static int nothing(struct memferry_server *s, void *arg)
+{
+    (void)s;
+    (void)arg;
+    return 0;
+}
+
 int memferry_server_free(struct memferry_server *s, int end)
 {
     if (!s)
         return 0;
+    server_do(s, nothing, NULL); /* what is being served is counted when it is through */
     const uint64_t missing = memferry_missing_pages(s);
     if (missing && end == MEMFERRY_END_COMPLETE)
         return server_fail(EBUSY, "%llu pages are missing: fill them, or say what becomes of them",

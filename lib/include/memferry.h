@@ -420,7 +420,9 @@ int memferry_page_state(const struct memferry_server *server, uint32_t region, u
 uint64_t memferry_next_missing(const struct memferry_server *server, uint32_t region,
                                uint64_t *first_page);
 
-/** memferry_missing_pages() - how many pages of all regions are neither here nor discarded. */
+/** memferry_missing_pages() - how many pages of all regions are neither here nor discarded. A page
+ * is counted as here after who waited for it was let go, so a thread that has just been may find it
+ * missing here still; memferry_page_state() is exact. */
 uint64_t memferry_missing_pages(const struct memferry_server *server);
 
 /** struct memferry_figures - counters since the server was made. */

@@ -108,6 +108,18 @@ static struct memferry_figures figures_of(const struct arena *a)
     return figures;
 }
 
+/* A page is counted after its waiters were let go. */
+static void await_counted(const struct arena *a, uint64_t pages)
+{
+    struct memferry_figures f;
+    for (unsigned i = 0; i < 20000; i++, nap_ms(1)) {
+        f = figures_of(a);
+        if (f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages >= pages)
+            break;
+    }
+    must(f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages == pages);
+}
+
 /* ---- tests ---- */
 
 static void many_threads_ask_for_each_page_once(void **state)
@@ -123,6 +135,7 @@ static void many_threads_ask_for_each_page_once(void **state)
     join_all(threads, THREADS);
     for (uint64_t page = 0; page < a.pages; page++)
         assert_int_equal(asked[page], 1);
+    await_counted(&a, a.pages);
     assert_int_equal(memferry_missing_pages(a.server), 0);
     assert_int_equal(figures_of(&a).data_pages, a.pages);
     assert_int_equal(figures_of(&a).wanted, a.pages);
@@ -150,6 +163,7 @@ static void holes_are_zeros_and_stay_holes(void **state)
     assert_int_equal(st.st_blocks, 0);
     touch_by(threads, THREADS, &a, every_third);
     join_all(threads, THREADS);
+    await_counted(&a, a.pages);
     assert_int_equal(figures_of(&a).zero_pages, (a.pages + 2) / 3);
     assert_int_equal(figures_of(&a).wanted, a.pages - (a.pages + 2) / 3);
     arena_free(&a);
@@ -307,6 +321,7 @@ static void filling_races_with_faults(void **state)
         join_all(threads, THREADS);
         for (unsigned i = 0; i < 2; i++)
             runner_join(&fillers[i].runner);
+        await_counted(&a, a.pages);
         assert_int_equal(memferry_missing_pages(a.server), 0);
         const struct memferry_figures f = figures_of(&a);
         assert_int_equal(f.data_pages + f.zero_pages, a.pages);
@@ -327,6 +342,7 @@ static void without_a_provider_faults_wait_for_the_filler(void **state)
     filler = (struct filler){.arena = &a, .seed = 7};
     fill_all(&filler);
     join_all(threads, THREADS);
+    await_counted(&a, a.pages);
     assert_int_equal(memferry_missing_pages(a.server), 0);
     arena_free(&a);
 }
@@ -359,6 +375,7 @@ static void what_lies_in_the_file_is_only_mapped(void **state)
     memferry_server_start(a.server);
     touch_by(threads, THREADS, &a, every_third);
     join_all(threads, THREADS);
+    await_counted(&a, a.pages);
     assert_int_equal(figures_of(&a).present_pages, a.pages);
 
     /* The next generation: take the pages out, forget them, and they are asked for again. */
@@ -368,6 +385,7 @@ static void what_lies_in_the_file_is_only_mapped(void **state)
     assert_int_equal(memferry_missing_pages(a.server), a.pages);
     touch_by(threads, THREADS, &a, every_third);
     join_all(threads, THREADS);
+    await_counted(&a, 2 * a.pages);
     assert_int_equal(figures_of(&a).present_pages, 2 * a.pages);
     arena_free(&a);
 }
