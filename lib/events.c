@@ -353,7 +353,7 @@ static int read_all(struct mf_events *events, uint32_t context)
             observed -= observed > 0;
         }
         /* Fewer than there was room for: the kernel stopped at its own EAGAIN. */
-        if (n < (ssize_t)sizeof(messages))
+        if (n < (ssize_t)room)
             return event;
     }
 }

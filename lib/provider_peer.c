@@ -247,11 +247,6 @@ static int serve_connection(struct peer *p)
     }
 }
 
-static void nothing(void *arg)
-{
-    (void)arg; /* the serving thread reads events */
-}
-
 static void *receive_main(void *argument)
 {
     struct peer *p = argument;
@@ -323,7 +318,8 @@ int memferry_provider_peer(struct memferry_server *server, int socket,
     if (!p)
         return server_fail(ENOMEM, "out of memory for a provider");
     p->server = server;
-    p->lander = server_lander(server, nothing, NULL);
+    p->lander = server_lander(server);
+    p->lander.resolver.lane = server_lane(server);
     p->lost = lost;
     p->lost_arg = arg;
     p->fd = -1;

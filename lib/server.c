@@ -2,6 +2,7 @@
 #include "lib/server.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -17,6 +18,7 @@
 #include "lib/util.h"
 
 #define PARKED_RETRY_NS UINT64_C(5000000)
+#define CHILDREN_NS UINT64_C(100000000) /**< how often it is looked which have ended */
 #define WAKE_TAG UINT32_MAX
 
 /* ---- errors ---- */
@@ -119,28 +121,94 @@ static void on_fault(void *argument, const struct mf_fault *fault, uint32_t regi
     mf_resolve_page(&s->lander.resolver, region, page);
 }
 
-static const struct mf_events_ops events_ops = {.fault = on_fault, .discard = server_discard};
-
+/* Return: 1 if there was an event, 0, or -errno. */
 static int read_context(struct memferry_server *s, uint32_t context)
 {
     int r = mf_events_read(&s->events, context);
-    if (r == -E2BIG)
-        return server_fail(E2BIG, "a process maps its served memory in more than %u pieces",
-                           MF_MAPPINGS_MAX);
-    if (r < 0)
-        return server_fail(-r, "reading a userfaultfd failed: %s", strerror(-r));
-    return r;
+    if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
+        /* The fork's event stays where it is, and with it all that waits for a page of that
+         * process: once a child has ended or a descriptor was closed it is tried again. */
+        s->short_of_fds = true;
+        s->held_context = context;
+        server_watch(s, context, false);
+        return 0;
+    }
+    return r < 0 ? server_fail(-r, "reading a userfaultfd failed: %s", strerror(-r)) : r;
 }
 
 /* An ioctl on the serving thread has met an unread event. */
-static void on_event(void *argument)
+static void on_event(void *argument, uint32_t context)
 {
     struct memferry_server *s = argument;
-    const uint32_t contexts = atomic_load(&s->context_count);
-    for (uint32_t i = 0; i < contexts; i++) {
-        int r = read_context(s, i);
-        if (r < 0)
-            s->ended = r;
+    int r = read_context(s, context);
+    if (r < 0)
+        s->ended = r;
+}
+
+/* ---- contexts that come and go ---- */
+
+int server_watch(struct memferry_server *s, uint32_t context, bool watch)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = context};
+    return epoll_ctl(s->epoll_fd, watch ? EPOLL_CTL_ADD : EPOLL_CTL_DEL,
+                     mf_context_uffd(&s->contexts, context), &event) == 0
+               ? 0
+               : -errno;
+}
+
+static void on_fork(void *argument, uint32_t parent, uint32_t context)
+{
+    struct memferry_server *s = argument;
+    (void)parent;
+    int r = server_watch(s, context, true);
+    if (r < 0)
+        s->ended = server_fail(-r, "cannot wait for a forked child: %s", strerror(-r));
+}
+
+/* Of a thread that waits for a page, so its process is alive. */
+static int on_maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
+{
+    (void)argument;
+    (void)context;
+    (void)addr;
+    char path[48];
+    snprintf(path, sizeof(path), "/proc/%d/maps", tid);
+    int fd = tid > 0 ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    return fd >= 0 ? fd : -ENOENT;
+}
+
+static const struct mf_events_ops events_ops = {
+    .fault = on_fault, .discard = server_discard, .forked = on_fork, .maps = on_maps};
+
+/* Nothing tells of an exit. */
+static void look_for_gone_children(struct memferry_server *s)
+{
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        const struct mf_context *context = mf_context_at(&s->contexts, i);
+        if (context && context->child && !mf_uffd_alive(context->uffd)) {
+            if (s->short_of_fds && s->held_context == i)
+                s->short_of_fds = false;
+            else
+                server_watch(s, i, false);
+            mf_events_drop(&s->events, i);
+        }
+    }
+    if (s->short_of_fds) {
+        s->short_of_fds = false;
+        server_watch(s, s->held_context, true);
+    }
+}
+
+void server_each_mapping(struct memferry_server *s,
+                         void (*each)(struct memferry_server *server, int uffd,
+                                      const struct mf_mapping *mapping))
+{
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        struct mf_mapping m;
+        const struct mf_context *context = mf_context_at(&s->contexts, i);
+        for (uint64_t at = 0; context && mf_layout_from(&s->layout, i, at, &m);
+             at = m.start_addr + m.length_bytes)
+            each(s, context->uffd, &m);
     }
 }
 
@@ -226,14 +294,11 @@ int server_do(struct memferry_server *s, int (*run)(struct memferry_server *serv
 
 /* ---- the loop ---- */
 
-/* Make everybody who waits fault again: after a failure that may be over by now. */
-static void wake_all(struct memferry_server *s)
+/* Make who waits fault again: after a failure that may be over by now. */
+static void wake_mapping(struct memferry_server *s, int uffd, const struct mf_mapping *mapping)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned n = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < n; i++)
-        mf_uffd_wake(s->context_fd[mappings[i].context], mappings[i].start_addr,
-                     mappings[i].length_bytes);
+    (void)s;
+    mf_uffd_wake(uffd, mapping->start_addr, mapping->length_bytes);
 }
 
 static int until_ms(uint64_t at_ns, uint64_t now_ns, int timeout_ms)
@@ -254,14 +319,13 @@ static int take_up(struct memferry_server *s, uint32_t context)
 static int spin(struct memferry_server *s, uint64_t faults_before)
 {
     const uint64_t spin_ns = s->options.spin_us * UINT64_C(1000);
-    const uint32_t contexts = atomic_load(&s->context_count);
     uint64_t faults = atomic_load_explicit(&s->faults, memory_order_relaxed);
     if (faults == faults_before)
         return 0;
     for (uint64_t end_ns = mf_now_ns() + spin_ns, now_ns = 0; now_ns < end_ns;) {
         if (atomic_load(&s->have_jobs) || atomic_load(&s->stop))
             break;
-        for (uint32_t i = 0; i < contexts; i++) {
+        for (uint32_t i = 0; i < s->contexts.count; i++) {
             int r = take_up(s, i);
             if (r < 0)
                 return r;
@@ -282,8 +346,11 @@ static int serve_once(struct memferry_server *s, int timeout_ms)
     const uint64_t faults_before = atomic_load_explicit(&s->faults, memory_order_relaxed);
     const uint64_t again_at_ns = atomic_load(&s->again_at_ns);
     const bool parked = mf_events_parked(&s->events);
-    if (parked || again_at_ns) {
+    const bool children = s->contexts.used > s->own_contexts || s->short_of_fds;
+    if (parked || again_at_ns || children) {
         const uint64_t now_ns = mf_now_ns();
+        if (children)
+            timeout_ms = until_ms(s->children_at_ns, now_ns, timeout_ms);
         if (parked)
             timeout_ms = until_ms(now_ns + PARKED_RETRY_NS, now_ns, timeout_ms);
         if (again_at_ns)
@@ -307,7 +374,11 @@ static int serve_once(struct memferry_server *s, int timeout_ms)
     if (again_at_ns && mf_now_ns() >= again_at_ns) {
         uint64_t expected = again_at_ns;
         atomic_compare_exchange_strong(&s->again_at_ns, &expected, 0);
-        wake_all(s);
+        server_each_mapping(s, wake_mapping);
+    }
+    if (children && mf_now_ns() >= s->children_at_ns) {
+        look_for_gone_children(s);
+        s->children_at_ns = mf_now_ns() + CHILDREN_NS;
     }
     if (r >= 0 && n == 0 && parked)
         mf_events_give_up_parked(&s->events);
@@ -402,22 +473,32 @@ int memferry_server_new(const struct memferry_server_options *options,
     struct epoll_event event = {.events = EPOLLIN, .data.u32 = WAKE_TAG};
     if (s->epoll_fd < 0 || s->wake_fd < 0 ||
         epoll_ctl(s->epoll_fd, EPOLL_CTL_ADD, s->wake_fd, &event) != 0) {
-        int r = server_fail(errno, "cannot make a descriptor for a server: %s", strerror(errno));
+        int error =
+            server_fail(errno, "cannot make a descriptor for a server: %s", strerror(errno));
         mf_close_p(&s->epoll_fd);
         mf_close_p(&s->wake_fd);
         free(s);
-        return r;
+        return error;
+    }
+    int r = mf_gate_init(&s->gate);
+    if (r < 0) {
+        close(s->epoll_fd);
+        close(s->wake_fd);
+        free(s);
+        return server_fail(-r, "cannot make the locks of a server: %s", strerror(-r));
     }
     pthread_mutex_init(&s->turn, NULL);
     pthread_mutex_init(&s->jobs_lock, NULL);
     pthread_cond_init(&s->jobs_done, NULL);
-    s->lander = server_lander(s, on_event, s);
+    s->lander = server_lander(s);
+    s->lander.resolver.on_event = on_event;
+    s->lander.resolver.arg = s;
     s->lander.by_mapping = true;
     s->events.ops = &events_ops;
     s->events.arg = s;
     s->events.layout = &s->layout;
     s->events.region = s->region;
-    s->events.context_fd = s->context_fd;
+    s->events.contexts = &s->contexts;
     s->events.gate = &s->gate;
     *server = s;
     return 0;
@@ -452,6 +533,12 @@ static int nothing(struct memferry_server *s, void *arg)
     return 0;
 }
 
+static void unregister(struct memferry_server *s, int uffd, const struct mf_mapping *mapping)
+{
+    (void)s;
+    mf_uffd_unregister(uffd, mapping->start_addr, mapping->length_bytes);
+}
+
 int memferry_server_free(struct memferry_server *s, int end)
 {
     if (!s)
@@ -462,18 +549,12 @@ int memferry_server_free(struct memferry_server *s, int end)
         return server_fail(EBUSY, "%llu pages are missing: fill them, or say what becomes of them",
                            (unsigned long long)missing);
     memferry_server_stop(s);
-    if (!missing || end != MEMFERRY_END_LEAVE) {
-        struct mf_mapping mappings[MF_MAPPINGS_MAX];
-        unsigned n = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
-        for (unsigned i = 0; i < n; i++)
-            mf_uffd_unregister(s->context_fd[mappings[i].context], mappings[i].start_addr,
-                               mappings[i].length_bytes);
-    }
+    if (!missing || end != MEMFERRY_END_LEAVE)
+        server_each_mapping(s, unregister);
     if (s->provider.close)
         s->provider.close(s->provider.arg);
-    const uint32_t contexts = atomic_load(&s->context_count);
-    for (uint32_t i = 0; i < contexts; i++)
-        mf_close_p(&s->context_fd[i]);
+    mf_contexts_free(&s->contexts);
+    mf_gate_destroy(&s->gate);
     const uint32_t regions = atomic_load(&s->region_count);
     for (uint32_t i = 0; i < regions; i++) {
         munmap((void *)s->pages[i].state, s->state_bytes[i]);

@@ -23,6 +23,8 @@
 #include "lib/include/memferry.h"
 #include "lib/land.h"
 
+#define SERVER_LANES 8u
+
 /** struct server_job - something that must happen on the serving thread, on its caller's stack. */
 struct server_job {
     struct server_job *next;
@@ -38,12 +40,12 @@ struct memferry_server {
 
     struct mf_layout layout;
     struct mf_gate gate; /**< between those who fill and the one who reads events */
+    _Atomic(struct mf_gate_lane *) lane[SERVER_LANES]; /**< of fillers, who share them */
     struct mf_region region[MEMFERRY_REGIONS_MAX];
     struct mf_pages pages[MEMFERRY_REGIONS_MAX];
     uint64_t state_bytes[MEMFERRY_REGIONS_MAX]; /**< length of the mapping at pages[].state */
-    _Atomic uint32_t region_count, context_count;
-    int context_fd[MEMFERRY_CONTEXTS_MAX];
-    uint64_t context_features[MEMFERRY_CONTEXTS_MAX];
+    _Atomic uint32_t region_count;
+    struct mf_contexts contexts; /**< changed with the turn and the gate closed */
 
     struct mf_events events;
     struct mf_lander lander; /**< the serving thread's */
@@ -65,6 +67,11 @@ struct memferry_server {
     bool started;
     _Atomic bool stop;
     int ended; /**< why the thread ended by itself */
+
+    uint32_t own_contexts;   /**< not children */
+    uint64_t children_at_ns; /**< when to look which have ended */
+    bool short_of_fds;       /**< a fork waits for a free descriptor … */
+    uint32_t held_context;   /**< … with everything else of this context */
 
     _Atomic uint64_t again_at_ns; /**< when to let all who wait fault again; 0: not needed */
     _Atomic uint64_t missing_pages;
@@ -91,14 +98,26 @@ int server_do(struct memferry_server *server, int (*run)(struct memferry_server 
 /** server_serves_here() - is this the thread that serves? */
 bool server_serves_here(const struct memferry_server *server);
 
+/** server_watch() - have the loop wait for a context, or no longer. Return: 0 or -errno. */
+int server_watch(struct memferry_server *server, uint32_t context, bool watch);
+
+/** server_each_mapping() - call @each for all that is known to be mapped of all contexts. With the
+ * turn. */
+void server_each_mapping(struct memferry_server *server,
+                         void (*each)(struct memferry_server *server, int uffd,
+                                      const struct mf_mapping *mapping));
+
 /** server_wake() - make the serving thread look at its flags. Any thread. */
 void server_wake(struct memferry_server *server);
 
 /* ---- server_fill.c ---- */
 
-/** server_lander() - what a thread lands with. @on_event, @arg: see struct mf_resolver. */
-struct mf_lander server_lander(struct memferry_server *server, void (*on_event)(void *arg),
-                               void *arg);
+/** server_lander() - what a thread that does not serve lands with; its lane is still to be set. */
+struct mf_lander server_lander(struct memferry_server *server);
+
+/** server_lane() - a lane of the gate for a thread that does not serve. Return: NULL: out of
+ * memory. */
+struct mf_gate_lane *server_lane(struct memferry_server *server);
 
 /** server_land() - land what @answer says: bytes, zeros, or what lies in the file. Serving thread
  * or any other, by its lander. Tells on_failure. Return: 0 or -errno. */

@@ -47,23 +47,42 @@ static void broken(void *argument, uint32_t region, int error)
         s->options.on_failure(s->options.arg, &failure);
 }
 
-struct mf_lander server_lander(struct memferry_server *s, void (*on_event)(void *arg), void *arg)
+static void nothing(void *arg, uint32_t context)
+{
+    (void)arg; /* the serving thread reads events */
+    (void)context;
+}
+
+struct mf_lander server_lander(struct memferry_server *s)
 {
     static const struct mf_lander_ops ops = {served, landed, broken};
     return (struct mf_lander){.resolver = {.region = s->region,
                                            .layout = &s->layout,
-                                           .context_fd = s->context_fd,
-                                           .on_event = on_event,
-                                           .arg = arg,
-                                           .gate = &s->gate},
+                                           .contexts = &s->contexts,
+                                           .on_event = nothing},
                               .pages = s->pages,
                               .ops = &ops,
                               .arg = s};
 }
 
-static void nothing(void *arg)
+struct mf_gate_lane *server_lane(struct memferry_server *s)
 {
-    (void)arg; /* the serving thread reads events */
+    /* Threads share lanes, but neighbours rarely the same one. */
+    static _Thread_local unsigned mine;
+    static _Atomic unsigned next;
+    if (mine == 0)
+        mine = 1 + atomic_fetch_add(&next, 1) % SERVER_LANES;
+    struct mf_gate_lane *lane = atomic_load_explicit(&s->lane[mine - 1], memory_order_acquire);
+    if (lane)
+        return lane;
+    pthread_mutex_lock(&s->jobs_lock);
+    lane = atomic_load(&s->lane[mine - 1]);
+    if (!lane) {
+        lane = mf_gate_join(&s->gate); /* there are more than these */
+        atomic_store_explicit(&s->lane[mine - 1], lane, memory_order_release);
+    }
+    pthread_mutex_unlock(&s->jobs_lock);
+    return lane;
 }
 
 void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
@@ -83,16 +102,24 @@ void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pa
 
 /* ---- what could not be had ---- */
 
-static void poison(struct memferry_server *s, uint32_t region, uint64_t page)
+struct run {
+    uint32_t region;
+    uint64_t first, pages;
+};
+
+static int poison(struct memferry_server *s, void *argument)
 {
-    const uint64_t page_bytes = s->region[region].page_bytes;
-    struct mf_range ranges[32];
-    unsigned n = mf_layout_ranges(&s->layout, region, page * page_bytes, page_bytes, ranges, 32);
-    for (unsigned i = 0; i < n && i < 32; i++) {
+    const struct run *run = argument;
+    const uint64_t page_bytes = s->region[run->region].page_bytes;
+    struct mf_range range;
+    uint32_t cursor = 0;
+    while (mf_layout_next(&s->layout, run->region, run->first * page_bytes, run->pages * page_bytes,
+                          &cursor, &range)) {
         struct uffdio_poison arg = {
-            .range = {.start = ranges[i].start_addr, .len = ranges[i].length_bytes}};
-        ioctl(s->context_fd[ranges[i].context], UFFDIO_POISON, &arg);
+            .range = {.start = range.start_addr, .len = range.length_bytes}};
+        ioctl(mf_context_uffd(&s->contexts, range.context), UFFDIO_POISON, &arg);
     }
+    return 0;
 }
 
 void server_failed(struct memferry_server *s, uint32_t region, uint64_t first, uint64_t pages,
@@ -118,7 +145,7 @@ void server_failed(struct memferry_server *s, uint32_t region, uint64_t first, u
         if (!(mf_page_unfault(&s->pages[region], page) & MF_PAGE_FAULTED))
             continue;
         if (remedy == MEMFERRY_POISON)
-            poison(s, region, page);
+            server_do(s, poison, &(struct run){region, page, 1});
     }
     if (remedy != MEMFERRY_POISON) {
         uint64_t none = 0;
@@ -198,9 +225,13 @@ static int fill(struct memferry_server *s, enum memferry_answer answer, uint32_t
         return r;
     /* A provider may answer at once by filling: then this is the serving thread, which must read
      * events itself where they are in the way. */
-    const struct mf_lander elsewhere = server_lander(s, nothing, NULL);
-    r = server_land(s, server_serves_here(s) ? &s->lander : &elsewhere, answer, region, first,
-                    pages, bytes);
+    if (server_serves_here(s)) {
+        r = server_land(s, &s->lander, answer, region, first, pages, bytes);
+    } else {
+        struct mf_lander lander = server_lander(s);
+        lander.resolver.lane = server_lane(s);
+        r = server_land(s, &lander, answer, region, first, pages, bytes);
+    }
     return r < 0 ? server_fail(-r, "cannot fill %llu pages of region %u: %s",
                                (unsigned long long)pages, region, strerror(-r))
                  : 0;
@@ -243,11 +274,6 @@ int memferry_forget(struct memferry_server *s, uint32_t region, uint64_t first_p
         atomic_fetch_add(&s->missing_pages, mf_page_forget(&s->pages[region], first_page, pages));
     return r;
 }
-
-struct run {
-    uint32_t region;
-    uint64_t first, pages;
-};
 
 static int discard(struct memferry_server *s, void *argument)
 {

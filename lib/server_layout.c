@@ -17,34 +17,53 @@
 /* ---- contexts ---- */
 
 struct new_context {
-    int fd;
-    uint64_t features;
+    int fd, maps_fd;
 };
 
 static int add_context(struct memferry_server *s, void *argument)
 {
     const struct new_context *made = argument;
-    uint32_t context = atomic_load(&s->context_count);
-    if (context == MEMFERRY_CONTEXTS_MAX)
+    if (s->own_contexts == MEMFERRY_CONTEXTS_MAX)
         return server_fail(ENOSPC, "a server has at most %u contexts", MEMFERRY_CONTEXTS_MAX);
-    struct epoll_event event = {.events = EPOLLIN, .data.u32 = context};
-    if (epoll_ctl(s->epoll_fd, EPOLL_CTL_ADD, made->fd, &event) != 0)
-        return server_fail(errno, "cannot wait for a userfaultfd: %s", strerror(errno));
-    s->context_fd[context] = made->fd;
-    s->context_features[context] = made->features;
-    atomic_store(&s->context_count, context + 1);
-    return (int)context;
+    mf_gate_close(&s->gate);
+    int context = mf_contexts_add(&s->contexts, made->fd, made->maps_fd, false);
+    mf_gate_open(&s->gate);
+    if (context < 0)
+        return server_fail(-context, "no room for another context: %s", strerror(-context));
+    s->own_contexts++;
+    int r = server_watch(s, (uint32_t)context, true);
+    if (r < 0) {
+        mf_gate_close(&s->gate);
+        mf_contexts_drop(&s->contexts, (uint32_t)context);
+        mf_gate_open(&s->gate);
+        s->own_contexts--;
+        /* Its descriptors are closed: not ENOSPC and its like, after which they are the caller's.
+         */
+        return server_fail(EIO, "cannot wait for a userfaultfd: %s", strerror(-r));
+    }
+    return context;
+}
+
+/* Hand over two descriptors; they are gone in any case. */
+static int give_context(struct memferry_server *s, int *fd, int *maps_fd)
+{
+    struct new_context made = {*fd, *maps_fd};
+    int r = server_do(s, add_context, &made);
+    if (r >= 0 || r == -EIO) {
+        mf_steal_fd(fd);
+        mf_steal_fd(maps_fd);
+    }
+    return r;
 }
 
 /* Features: what every server needs; what it uses where the kernel has it. */
-static int handshake(const struct memferry_server *s, int fd, uint64_t *features)
+static int handshake(const struct memferry_server *s, int fd)
 {
     struct mf_error err;
     uint64_t required = MF_UFFD_FEATURES;
     if (s->options.flags & MEMFERRY_FOLLOW_FORKS)
         required |= UFFD_FEATURE_EVENT_FORK;
-    int r =
-        mf_uffd_api(fd, required, MF_UFFD_FEATURES_WANTED | UFFD_FEATURE_POISON, features, &err);
+    int r = mf_uffd_api(fd, required, MF_UFFD_FEATURES_WANTED | UFFD_FEATURE_POISON, NULL, &err);
     return r < 0 ? server_pass(&err) : 0;
 }
 
@@ -56,16 +75,14 @@ int memferry_context_open(struct memferry_server *s)
                            "cannot make a userfaultfd: %s; it needs CAP_SYS_PTRACE, the sysctl "
                            "vm.unprivileged_userfaultfd=1 or the right to open /dev/userfaultfd",
                            strerror(-fd));
-    struct new_context made = {.fd = fd};
-    int r = handshake(s, fd, &made.features);
-    if (r >= 0)
-        r = server_do(s, add_context, &made);
-    if (r >= 0)
-        mf_steal_fd(&fd);
-    return r;
+    int r = handshake(s, fd);
+    cleanup_close int maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    if (r == 0 && maps_fd < 0)
+        r = server_fail(errno, "cannot open /proc/self/maps: %s", strerror(errno));
+    return r < 0 ? r : give_context(s, &fd, &maps_fd);
 }
 
-int memferry_context_adopt(struct memferry_server *s, int uffd)
+int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
 {
     cleanup_close int fd = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
     if (fd < 0)
@@ -74,22 +91,23 @@ int memferry_context_adopt(struct memferry_server *s, int uffd)
     if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0)
         return server_fail(errno, "cannot make descriptor %d non-blocking: %s", uffd,
                            strerror(errno));
-    /* Reading one without its handshake fails with EINVAL, with it EAGAIN, and anything else is no
-     * userfaultfd: but reading may take a message. The handshake tells as well: it can be done
-     * once.
-     */
-    struct new_context made = {.fd = fd};
+    /* The handshake can be done once only, so EINVAL says that somebody has; and on what is no
+     * userfaultfd it is ENOTTY. */
+    int r = handshake(s, fd);
     struct uffdio_range nothing = {0};
-    int r = handshake(s, fd, &made.features);
     if (r == -EINVAL && ioctl(fd, UFFDIO_WAKE, &nothing) != 0 && errno == EINVAL)
-        r = 0; /* somebody has done it: WAKE of nothing at all is refused only after it */
+        r = 0;
     if (r == -ENOTTY)
         return server_fail(EINVAL, "descriptor %d is no userfaultfd", uffd);
-    if (r >= 0)
-        r = server_do(s, add_context, &made);
-    if (r >= 0)
-        mf_steal_fd(&fd);
-    return r;
+    cleanup_close int maps_fd = -1;
+    if (r >= 0 && pid > 0) {
+        char path[32];
+        snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+        maps_fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (maps_fd < 0)
+            return server_fail(errno, "cannot open %s: %s", path, strerror(errno));
+    }
+    return r < 0 ? r : give_context(s, &fd, &maps_fd);
 }
 
 /* ---- regions ---- */
@@ -112,6 +130,8 @@ static int check_file(const struct memferry_region *from, struct mf_region *regi
     if (from->length_bytes > (uint64_t)st.st_size)
         return server_fail(EINVAL, "the region's file has %llu bytes, fewer than %llu",
                            (unsigned long long)st.st_size, (unsigned long long)from->length_bytes);
+    region->device = st.st_dev;
+    region->inode = st.st_ino;
     return 0;
 }
 
@@ -242,6 +262,7 @@ static int add_region(struct memferry_server *s, void *argument)
         memset((void *)s->pages[index].state, 0, s->region[index].pages);
     atomic_fetch_add(&s->missing_pages, missing);
     atomic_store(&s->region_count, index + 1);
+    s->events.region_count = index + 1;
     return (int)index;
 }
 
@@ -255,28 +276,32 @@ int memferry_region_add(struct memferry_server *s, const struct memferry_region 
 
 /* ---- mappings ---- */
 
-/* MISSING alone for memory without a file; of MINOR it has none. */
-static int watch(struct memferry_server *s, const struct memferry_mapping *m)
+/* What there was no room for: it is learned again when it is touched. */
+static void wake_dropped(const struct memferry_server *s, const struct mf_range *dropped,
+                         unsigned count)
 {
-    struct mf_error err;
-    int r = (s->region[m->region].kind == MF_MEMORY_PRIVATE ? mf_uffd_register_private
-                                                            : mf_uffd_register)(
-        s->context_fd[m->context], m->start_addr, m->length_bytes, &err);
-    return r < 0 ? server_pass(&err) : 0;
+    for (unsigned i = 0; i < count; i++)
+        mf_uffd_wake(mf_context_uffd(&s->contexts, dropped[i].context), dropped[i].start_addr,
+                     dropped[i].length_bytes);
 }
 
-/* Who fills looks up and names to the kernel what he found: not in between (lib/gate.h). */
-static void set_layout(struct memferry_server *s, const struct mf_mapping *mappings, unsigned count)
+/* MISSING alone for memory without a file; of MINOR it has none. The gate is closed. */
+static int watch(struct memferry_server *s, const struct memferry_mapping *m, int uffd)
 {
-    mf_gate_close(&s->gate);
-    mf_layout_set(&s->layout, mappings, count);
-    mf_gate_open(&s->gate);
+    struct mf_error err;
+    if (m->flags & MEMFERRY_MAPPING_REGISTERED)
+        return 0;
+    int r = (s->region[m->region].kind == MF_MEMORY_PRIVATE
+                 ? mf_uffd_register_private
+                 : mf_uffd_register)(uffd, m->start_addr, m->length_bytes, &err);
+    return r < 0 ? server_pass(&err) : 0;
 }
 
 static int add_mapping(struct memferry_server *s, void *argument)
 {
     const struct memferry_mapping *m = argument;
-    if (m->context >= atomic_load(&s->context_count) || m->region >= atomic_load(&s->region_count))
+    const int uffd = mf_context_uffd(&s->contexts, m->context);
+    if (uffd < 0 || m->region >= atomic_load(&s->region_count))
         return server_fail(EINVAL, "a mapping names context %u or region %u, which there is not",
                            m->context, m->region);
     const struct mf_region *region = &s->region[m->region];
@@ -289,30 +314,27 @@ static int add_mapping(struct memferry_server *s, void *argument)
                            "bytes or its end",
                            (unsigned long long)m->length_bytes, (unsigned long long)m->start_addr,
                            region->page_bytes);
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned count = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
-    if (count == MF_MAPPINGS_MAX)
-        return server_fail(E2BIG, "a server holds at most %u mappings", MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < count; i++)
-        if (mappings[i].context == m->context &&
-            mappings[i].start_addr < m->start_addr + m->length_bytes &&
-            m->start_addr < mappings[i].start_addr + mappings[i].length_bytes)
-            return server_fail(EINVAL, "a mapping at %#llx overlaps one that is served already",
-                               (unsigned long long)m->start_addr);
-    /* Known first, watched then: a fault finds it. */
-    mappings[count++] = (struct mf_mapping){.start_addr = m->start_addr,
-                                            .length_bytes = m->length_bytes,
-                                            .offset_bytes = m->offset_bytes,
-                                            .region = m->region,
-                                            .context = m->context};
-    set_layout(s, mappings, count);
-    if (m->flags & MEMFERRY_MAPPING_REGISTERED) {
-        mf_uffd_wake(s->context_fd[m->context], m->start_addr, m->length_bytes);
-        return 0;
-    }
-    int r = watch(s, m);
-    if (r < 0)
-        set_layout(s, mappings, count - 1);
+    struct mf_mapping there;
+    if (mf_layout_from(&s->layout, m->context, m->start_addr, &there) &&
+        there.start_addr < m->start_addr + m->length_bytes)
+        return server_fail(EINVAL, "a mapping at %#llx overlaps one that is served already",
+                           (unsigned long long)m->start_addr);
+    struct mf_range dropped[2];
+    mf_gate_close(&s->gate);
+    int r = watch(s, m, uffd);
+    unsigned count = 0;
+    if (r == 0)
+        count = mf_layout_learn(&s->layout,
+                                &(struct mf_mapping){.start_addr = m->start_addr,
+                                                     .length_bytes = m->length_bytes,
+                                                     .offset_bytes = m->offset_bytes,
+                                                     .region = m->region,
+                                                     .context = m->context},
+                                dropped);
+    mf_gate_open(&s->gate);
+    wake_dropped(s, dropped, count);
+    if (r == 0 && (m->flags & MEMFERRY_MAPPING_REGISTERED))
+        mf_uffd_wake(uffd, m->start_addr, m->length_bytes);
     return r;
 }
 
@@ -332,15 +354,16 @@ struct range {
 static int remove_mapping(struct memferry_server *s, void *argument)
 {
     const struct range *range = argument;
-    if (range->context >= atomic_load(&s->context_count))
+    const int uffd = mf_context_uffd(&s->contexts, range->context);
+    if (uffd < 0)
         return server_fail(EINVAL, "there is no context %u", range->context);
+    struct mf_range dropped[1];
     mf_gate_close(&s->gate);
-    int r = mf_layout_unmap(&s->layout, range->context, range->start_addr,
-                            range->start_addr + range->length_bytes);
+    unsigned count = mf_layout_unmap(&s->layout, range->context, range->start_addr,
+                                     range->start_addr + range->length_bytes, dropped);
     mf_gate_open(&s->gate);
-    if (r < 0)
-        return server_fail(-r, "a server holds at most %u mappings", MF_MAPPINGS_MAX);
-    r = mf_uffd_unregister(s->context_fd[range->context], range->start_addr, range->length_bytes);
+    wake_dropped(s, dropped, count);
+    int r = mf_uffd_unregister(uffd, range->start_addr, range->length_bytes);
     return r < 0 ? server_fail(-r, "cannot unregister memory at %#llx: %s",
                                (unsigned long long)range->start_addr, strerror(-r))
                  : 0;
@@ -355,20 +378,22 @@ int memferry_mapping_remove(struct memferry_server *s, uint32_t context, uint64_
 
 int memferry_mappings(const struct memferry_server *s, struct memferry_mapping *out, unsigned max)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    unsigned count = mf_layout_get(&s->layout, mappings, MF_MAPPINGS_MAX);
+    cleanup_free struct mf_mapping *all = malloc(MF_LAYOUT_MAX * sizeof(*all));
+    if (!all)
+        return server_fail(ENOMEM, "out of memory for a list of mappings");
+    const unsigned count = mf_layout_get(&s->layout, all, MF_LAYOUT_MAX);
     char *at = (char *)out; /* by the caller's size of the struct, not ours */
     const size_t stride = max ? out->struct_bytes : 0;
     unsigned told = 0;
     for (unsigned i = 0; i < count; i++) {
-        if (mappings[i].region == MF_REGION_ZEROS || told++ >= max)
+        if (all[i].region == MF_REGION_ZEROS || told++ >= max)
             continue;
         struct memferry_mapping one = {
-            .context = mappings[i].context,
-            .region = mappings[i].region,
-            .start_addr = mappings[i].start_addr,
-            .length_bytes = mappings[i].length_bytes,
-            .offset_bytes = mappings[i].offset_bytes,
+            .context = all[i].context,
+            .region = all[i].region,
+            .start_addr = all[i].start_addr,
+            .length_bytes = all[i].length_bytes,
+            .offset_bytes = all[i].offset_bytes,
         };
         one.struct_bytes = stride < sizeof(one) ? stride : sizeof(one);
         memcpy(at, &one, one.struct_bytes);

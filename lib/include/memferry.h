@@ -42,6 +42,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -177,8 +178,7 @@ int memferry_server_stop(struct memferry_server *server);
  * memferry_server_run() - serve on this thread instead: wait for something to do, at most
  * @timeout_ms (0: not at all, -1: for ever), and do it. One thread at a time.
  * Return: how many faults were taken up, which may be 0 (an event, the time is over), or
- * -EALREADY (another thread serves), -E2BIG (more mappings than a server holds), or what
- * userfaultfd failed with.
+ * -EALREADY (another thread serves), or what reading a userfaultfd or epoll_wait(2) failed with.
  */
 int memferry_server_run(struct memferry_server *server, int timeout_ms);
 
@@ -203,13 +203,15 @@ int memferry_context_open(struct memferry_server *server);
 /**
  * memferry_context_adopt() - a userfaultfd that was made elsewhere: in another process that sent it
  * (SCM_RIGHTS), or that this process took it from (pidfd_getfd(2)). The handshake (UFFDIO_API) is
- * done if nobody has; if somebody has, the features he asked for are the ones there are: at least
- * the UNMAP, REMAP and REMOVE events. It is made non-blocking.
+ * done if nobody has; if somebody has, the features that he asked for are the ones there are: at
+ * least the UNMAP, REMAP and REMOVE events are needed. It is made non-blocking.
  * As long as pages are missing another reference to it should stay open in its process: the kernel
  * hands out zeros when the last one is closed.
- * Return: as memferry_context_open(), and -EBADF or -EINVAL: it is no userfaultfd.
+ * @pid: the process in which it was made, whose /proc/PID/maps is opened: what moves or grows in
+ * place is found there. 0: not known; then a mapping that grew is served up to its former end only.
+ * Return: as memferry_context_open(); -EBADF or -EINVAL: it is no userfaultfd; or of open(2).
  */
-int memferry_context_adopt(struct memferry_server *server, int uffd);
+int memferry_context_adopt(struct memferry_server *server, int uffd, pid_t pid);
 
 /* ---- regions -------------------------------------------------------------------------------- */
 
@@ -271,12 +273,12 @@ struct memferry_mapping {
  * are let through.
  * A region of anonymous memory has each page in one place: give a mapping to no page twice.
  * Return: 0; -EBUSY (another userfaultfd has the range), -EINVAL, -ENOMEM (the process is gone),
- * -E2BIG (too many mappings), -EDEADLK (from a callback while another thread … serves: see there).
+ * -EDEADLK (from on_change).
  */
 int memferry_mapping_add(struct memferry_server *server, const struct memferry_mapping *mapping);
 
 /** memferry_mapping_remove() - serve [@start_addr, +@length_bytes) no longer: unregister. What is
- * missing there reads as zeros, so fill it first. Return: 0, -E2BIG. */
+ * missing there reads as zeros, so fill it first. Return: 0, -EINVAL, -EDEADLK (from on_change). */
 int memferry_mapping_remove(struct memferry_server *server, uint32_t context, uint64_t start_addr,
                             uint64_t length_bytes);
 

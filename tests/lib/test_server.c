@@ -694,8 +694,8 @@ static void misuse_is_refused_with_a_sentence(void **state)
     assert_int_equal(memferry_mapping_add(a.server, &m), -EINVAL);
     int pipes[2];
     assert_int_equal(pipe(pipes), 0);
-    assert_int_equal(memferry_context_adopt(a.server, pipes[0]), -EINVAL);
-    assert_int_equal(memferry_context_adopt(a.server, -1), -EBADF);
+    assert_int_equal(memferry_context_adopt(a.server, pipes[0], 0), -EINVAL);
+    assert_int_equal(memferry_context_adopt(a.server, -1, 0), -EBADF);
     struct memferry_region r = {.struct_bytes = sizeof(r),
                                 .memory = MEMFERRY_SHMEM,
                                 .length_bytes = a.page_bytes,
