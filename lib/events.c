@@ -136,6 +136,48 @@ static void open_maps(struct mf_events *events, const struct mf_fault *fault)
 
 /* ---- faults ---- */
 
+static bool has_private(const struct mf_events *events)
+{
+    for (unsigned i = 0; i < events->region_count; i++)
+        if (events->region[i].kind == MF_MEMORY_PRIVATE)
+            return true;
+    return false;
+}
+
+/*
+ * Private memory that belongs to no region, and yet faults: it is watched, so it grew out of what
+ * is (a mapping that grows in place inherits that, and no event tells), and is new. What was moved
+ * there would be known: a fault may be read before the event that explains it, but none is unread
+ * now.
+ */
+static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
+{
+    const struct mf_context *context = mf_context_at(events->contexts, fault->context);
+    struct mf_vma vma;
+    struct mf_mapping behind;
+    struct mf_range dropped[2];
+    if (!has_private(events) || events->layout->overflowed || !context || context->maps_fd < 0)
+        return false;
+    mf_gate_close(events->gate);
+    const uint64_t addr = fault->addr & ~UINT64_C(4095);
+    bool grown = mf_vma_find(context->maps_fd, addr, &vma) == 0 && vma.start_addr <= addr &&
+                 vma.inode == 0 && !vma.shared && mf_uffd_event_pending(context->uffd) == 0;
+    if (grown) {
+        const bool more = mf_layout_from(events->layout, fault->context, addr, &behind);
+        const uint64_t end =
+            more && behind.start_addr < vma.end_addr ? behind.start_addr : vma.end_addr;
+        wake_dropped(events, dropped,
+                     mf_layout_learn(events->layout,
+                                     &(struct mf_mapping){.start_addr = addr,
+                                                          .length_bytes = end - addr,
+                                                          .region = MF_REGION_ZEROS,
+                                                          .context = fault->context},
+                                     dropped));
+    }
+    mf_gate_open(events->gate);
+    return grown;
+}
+
 static void serve(struct mf_events *events, const struct mf_fault *fault)
 {
     struct mf_mapping mapping;
@@ -145,6 +187,8 @@ static void serve(struct mf_events *events, const struct mf_fault *fault)
         found = mf_events_learn(events, fault->context, fault->addr, fault->addr + 1) == 0 &&
                 mf_layout_find(events->layout, fault->context, fault->addr, &mapping);
     }
+    if (!found && has_grown(events, fault))
+        found = mf_layout_find(events->layout, fault->context, fault->addr, &mapping);
     if (!found) {
         if (events->parked_count < MF_PARKED_ROOM)
             events->parked[events->parked_count++] = *fault;
@@ -169,12 +213,23 @@ static bool is_private(const struct mf_events *events, const struct mf_mapping *
            events->region[mapping->region].kind == MF_MEMORY_PRIVATE;
 }
 
+/* Whoever touches it waits for ever from now on: better than to find what it has discarded. */
 static void no_room(void)
 {
     mf_log(MF_LOG_ERR,
            "a target maps its private memory in more than %u pieces: part of it is not "
            "served any more",
            MF_LAYOUT_MAX);
+}
+
+static void make_zeros(struct mf_events *events, uint32_t context, uint32_t region, uint64_t start,
+                       uint64_t end)
+{
+    struct mf_range dropped[1];
+    if (mf_layout_zeros(events->layout, context, region, start, end) == 0)
+        return;
+    no_room();
+    mf_layout_unmap(events->layout, context, start, end, dropped);
 }
 
 /* Is a part of a private region's pages mapped by anybody beside @except? Then each has or misses
@@ -200,9 +255,8 @@ static void leave_zeros(struct mf_events *events, uint32_t context, uint64_t sta
     for (uint64_t at = start;
          mf_layout_from(events->layout, context, at, &m) && m.start_addr < end;) {
         at = m.start_addr + m.length_bytes;
-        if (m.region != MF_REGION_ZEROS && is_private(events, &m) &&
-            mf_layout_zeros(events->layout, context, m.region, start, end) < 0)
-            no_room();
+        if (m.region != MF_REGION_ZEROS && is_private(events, &m))
+            make_zeros(events, context, m.region, start, end);
     }
 }
 
@@ -225,8 +279,7 @@ static void discard_range(struct mf_events *events, uint32_t context, uint64_t s
         if (m.region == MF_REGION_ZEROS || (!files && !is_private(events, &m))) {
             /* stays as it is */
         } else if (is_private(events, &m) && mapped_elsewhere(events, &m, offset_bytes, to - at)) {
-            if (mf_layout_zeros(events->layout, context, m.region, at, to) < 0)
-                no_room();
+            make_zeros(events, context, m.region, at, to);
         } else {
             const uint64_t page_bytes = events->region[m.region].page_bytes;
             const uint64_t first = offset_bytes / page_bytes;

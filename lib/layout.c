@@ -240,6 +240,7 @@ static unsigned cut(struct mf_layout *layout, uint32_t context, uint64_t start_a
             store_entry(&layout->entry[count], &tail);
             set_count(layout, count + 1);
         } else if (dropped_count == 0) {
+            layout->overflowed = true;
             dropped[dropped_count++] = (struct mf_range){.start_addr = tail.start_addr,
                                                          .length_bytes = tail.length_bytes,
                                                          .offset_bytes = tail.offset_bytes,
@@ -266,6 +267,34 @@ static bool continues(const struct mf_mapping *a, const struct mf_mapping *b)
            a->offset_bytes + a->length_bytes == b->offset_bytes;
 }
 
+static bool can_go(const struct mf_layout *layout, const struct mf_mapping *m)
+{
+    return m->region < 64 && !(layout->keep >> m->region & 1);
+}
+
+/* What is left out for @whole: the next one that can be learned again, or, if there is none, @whole
+ * itself. Return: where it goes, MF_LAYOUT_MAX: nowhere. */
+static uint32_t make_room(struct mf_layout *layout, const struct mf_mapping *whole,
+                          struct mf_range *dropped)
+{
+    struct mf_mapping gone = *whole;
+    uint32_t at = MF_LAYOUT_MAX;
+    layout->overflowed = true;
+    for (uint32_t i = 0; at == MF_LAYOUT_MAX && i < MF_LAYOUT_MAX; i++) {
+        const uint32_t next = layout->hand++ % MF_LAYOUT_MAX;
+        struct mf_mapping m = load_entry(&layout->entry[next]);
+        if (can_go(layout, &m)) {
+            gone = m;
+            at = next;
+        }
+    }
+    *dropped = (struct mf_range){.start_addr = gone.start_addr,
+                                 .length_bytes = gone.length_bytes,
+                                 .offset_bytes = gone.offset_bytes,
+                                 .context = gone.context};
+    return at;
+}
+
 unsigned mf_layout_learn(struct mf_layout *layout, const struct mf_mapping *mapping,
                          struct mf_range *dropped)
 {
@@ -288,16 +317,12 @@ unsigned mf_layout_learn(struct mf_layout *layout, const struct mf_mapping *mapp
     }
     uint32_t at = count_of(layout);
     if (at == MF_LAYOUT_MAX) {
-        at = layout->hand++ % MF_LAYOUT_MAX;
-        struct mf_mapping gone = load_entry(&layout->entry[at]);
-        dropped[dropped_count++] = (struct mf_range){.start_addr = gone.start_addr,
-                                                     .length_bytes = gone.length_bytes,
-                                                     .offset_bytes = gone.offset_bytes,
-                                                     .context = gone.context};
+        at = make_room(layout, &whole, &dropped[dropped_count++]);
     } else {
         set_count(layout, at + 1);
     }
-    store_entry(&layout->entry[at], &whole);
+    if (at < MF_LAYOUT_MAX)
+        store_entry(&layout->entry[at], &whole);
     write_end(layout);
     return dropped_count;
 }
@@ -326,8 +351,10 @@ int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_ad
         count += m.context == context && m.start_addr + m.length_bytes > from_addr &&
                  m.start_addr < end_addr;
     }
-    if (count > MF_LAYOUT_MAX)
+    if (count > MF_LAYOUT_MAX) {
+        layout->overflowed = true;
         return -E2BIG;
+    }
     write_begin(layout);
     count = had;
     for (uint32_t i = 0; i < had; i++) {
@@ -360,8 +387,10 @@ int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
             i++;
             continue;
         }
-        if (count_of(layout) + 2 > MF_LAYOUT_MAX)
+        if (count_of(layout) + 2 > MF_LAYOUT_MAX) {
+            layout->overflowed = true;
             return -E2BIG;
+        }
         const uint64_t from = m.start_addr > start_addr ? m.start_addr : start_addr;
         const uint64_t to = mapped_end < end_addr ? mapped_end : end_addr;
         const struct mf_mapping zeros = {.start_addr = from,

@@ -42,6 +42,10 @@ struct mf_layout {
     _Atomic uint32_t sequence; /**< odd while a change is under way */
     _Atomic uint32_t count;
     uint32_t hand; /**< what goes next when there is no room */
+    /** Regions, a bit each, whose mappings can't be learned again: private memory. Those of others
+     * go first. Set by the owner, before anything is mapped. */
+    uint64_t keep;
+    bool overflowed; /**< something was left out, and what is not here may be mapped all the same */
     struct mf_layout_entry entry[MF_LAYOUT_MAX];
 };
 

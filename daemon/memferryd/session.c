@@ -243,7 +243,7 @@ static struct session *create(struct daemon *daemon, const char *name,
     s->role = role;
     s->state = role == MF_SOURCE ? MF_S_CONNECTING : MF_D_WAITING;
     s->starting = true;
-    s->pagemap_fd = s->populated_fd = -1;
+    s->pagemap_fd = s->populated_fd = s->layout_fd = -1;
     s->pidfd = s->uffd = s->remote_uffd = s->file_fd = s->device_peer_fd = -1;
     s->started_ns = mf_now_ns();
     s->streams = daemon_config(daemon)->streams;

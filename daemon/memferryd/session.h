@@ -76,6 +76,7 @@ struct session {
     uint64_t ram_bytes, total_pages;
     int pagemap_fd;             /**< source: -1 if writes are not tracked */
     int populated_fd;           /**< source with private memory: /proc/PID/pagemap, else -1 */
+    int layout_fd;              /**< destination with private memory: lib/layout_file.h, else -1 */
     struct mf_mapping *watched; /**< source: what is watched for writes; owned */
     unsigned watched_count;
     int uffd;        /**< our duplicate; -1 at a source that does not track writes */

@@ -274,6 +274,8 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
     if (r == 0 && session->role == MF_DESTINATION && !session->target_exited)
         r = hand_over_maps(session, sock);
+    if (r == 0 && session->layout_fd >= 0)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_LAYOUT}, session->layout_fd);
     if (r == 0 && session->pagemap_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
     if (r == 0 && read_private)

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "lib/inject.h"
+#include "lib/layout_file.h"
 #include "lib/log.h"
 #include "lib/pagemap.h"
 #include "lib/uffd.h"
@@ -297,6 +298,10 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
         r = refuse_unseen_writers(session, err);
     if (r == 0 && session->role == MF_DESTINATION)
         r = arm(session, err);
+    if (r == 0 && session->role == MF_DESTINATION && has_private(session)) {
+        session->layout_fd = mf_layout_file_create(err);
+        r = session->layout_fd < 0 ? session->layout_fd : 0;
+    }
     if (r == 0 && session->role == MF_SOURCE && has_private(session)) {
         /* Kept for later movers: of a process that is gone nothing can be opened any more, and it
          * must not look like one that holds nothing. */
@@ -367,7 +372,9 @@ void target_let_go(struct session *session)
     session->watched_count = 0;
     if (session->populated_fd >= 0)
         close(session->populated_fd);
-    session->populated_fd = -1;
+    if (session->layout_fd >= 0)
+        close(session->layout_fd);
+    session->populated_fd = session->layout_fd = -1;
     for (unsigned i = 0; i < session->region_count; i++)
         close(session->region[i].fd);
     session->region_count = 0;

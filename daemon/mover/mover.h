@@ -22,6 +22,7 @@
 #include "lib/gate.h"
 #include "lib/ipc.h"
 #include "lib/layout.h"
+#include "lib/layout_file.h"
 #include "lib/region.h"
 #include "lib/session_file.h"
 #include "proto/frame.h"
@@ -126,7 +127,8 @@ struct mover {
     int pagemap_fd;              /**< source: -1 if writes are not tracked */
     int populated_fd;            /**< source with private memory: /proc/PID/pagemap, else -1 */
     struct mf_layout layout;
-    bool private_memory; /**< a region is private anonymous memory */
+    struct mf_layout_file *layout_file; /**< destination with private memory, else NULL */
+    bool private_memory;                /**< a region is private anonymous memory */
 
     struct mf_session_view view;
     struct mf_figures *figures;
@@ -153,6 +155,10 @@ void mover_wake(struct mover *mover);
 /** mover_setup() - take what memferryd hands over, until GO. Leaves the process on what is
  * unusable. */
 void mover_setup(struct mover *mover);
+
+/** mover_keep_layout() - an event was applied: write down where private memory lies now. Fault
+ * thread. */
+void mover_keep_layout(struct mover *mover);
 
 /* ---- sandbox.c: see there ---- */
 

@@ -29,6 +29,7 @@ static void take_region(struct mover *mover, const struct mf_ipc *message, int f
         (struct mf_frame_region){.pages = region->pages, .page_bytes = region->page_bytes};
     if (region->kind == MF_MEMORY_PRIVATE) {
         mover->private_memory = true;
+        mover->layout.keep |= UINT64_C(1) << (mover->region_count - 1);
         if (mover->role == MF_SOURCE)
             return; /* read, not mapped */
     }
@@ -88,6 +89,47 @@ static void wake_all(int uffd)
             return;
 }
 
+static bool is_private_mapping(const struct mover *mover, const struct mf_mapping *mapping)
+{
+    return mapping->region == MF_REGION_ZEROS ||
+           mover->region[mapping->region].kind == MF_MEMORY_PRIVATE;
+}
+
+void mover_keep_layout(struct mover *mover)
+{
+    static struct mf_mapping mappings[MF_LAYOUT_MAX];
+    if (!mover->layout_file)
+        return;
+    unsigned count = mf_layout_get(&mover->layout, mappings, MF_LAYOUT_MAX), kept = 0;
+    for (unsigned i = 0; i < count; i++)
+        if (is_private_mapping(mover, &mappings[i]))
+            mappings[kept++] = mappings[i];
+    mf_layout_file_store(mover->layout_file, mappings, kept);
+}
+
+/* memferryd hands over where private memory lay when it was armed; a predecessor knew more. */
+static void set_layout(struct mover *mover, const struct mf_mapping *handed, unsigned handed_count,
+                       bool restarted)
+{
+    static struct mf_mapping mappings[MF_LAYOUT_MAX];
+    int kept = mover->layout_file && restarted ? mf_layout_file_load(mover->layout_file, mappings)
+                                               : -ENODATA;
+    unsigned count = 0;
+    for (int i = 0; i < kept; i++) {
+        if ((mappings[i].region != MF_REGION_ZEROS && mappings[i].region >= mover->region_count) ||
+            !is_private_mapping(mover, &mappings[i]))
+            mover_fatal("the file that keeps the layout does not fit the regions");
+        /* A child that went with the predecessor is nobody's any more. */
+        if (mf_context_at(&mover->contexts, mappings[i].context))
+            mappings[count++] = mappings[i];
+    }
+    for (unsigned i = 0; i < handed_count && count < MF_LAYOUT_MAX; i++)
+        if (kept < 0 || !is_private_mapping(mover, &handed[i]))
+            mappings[count++] = handed[i];
+    mf_layout_set(&mover->layout, mappings, count);
+    mover_keep_layout(mover);
+}
+
 void mover_setup(struct mover *mover)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -129,6 +171,12 @@ void mover_setup(struct mover *mover)
         case MF_IPC_PAGEMAP:
             mover->pagemap_fd = fd;
             break;
+        case MF_IPC_LAYOUT:
+            mover->layout_file = mf_layout_file_map(fd, &err);
+            if (!mover->layout_file)
+                mover_fatal("%s", err.text);
+            close(fd);
+            break;
         case MF_IPC_POPULATED:
             mover->populated_fd = fd;
             break;
@@ -160,7 +208,7 @@ all:
         if (mover->view.pages[i].count != mover->region[i].pages)
             mover_fatal("the session file does not fit the region %s", mover->region[i].name);
     mover->figures = &mover->view.file->figures;
-    mf_layout_set(&mover->layout, mappings, mapping_count);
+    set_layout(mover, mappings, mapping_count, restarted);
     take_over(mover, restarted);
     if (mover->role == MF_SOURCE && sweep_init(mover) < 0)
         mover_fatal("out of memory for the sweep of %s", mover->name);

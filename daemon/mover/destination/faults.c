@@ -369,6 +369,8 @@ static void look_for_gone_children(struct fault_thread *t)
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
     int r = mf_events_read(&t->events, context);
+    if (r != 0)
+        mover_keep_layout(t->mover);
     if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
         /* The fork's event stays where it is, and with it everything that waits for a page of this
          * process, until a child has ended. */
