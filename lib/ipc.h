@@ -98,7 +98,7 @@ struct mf_ipc {
             uint64_t count, p50_ns, p99_ns, p999_ns, max_ns, received_bytes;
         } drained;
         struct {
-            uint64_t copied_pages, duration_ns;
+            uint64_t copied_pages, dirty_pages, duration_ns;
             uint32_t round;
         } round;
         uint64_t bandwidth_bits_s; /**< SETTINGS; 0: no limit */

@@ -22,26 +22,16 @@ int mf_pagemap_open(int pid, struct mf_error *err)
     return fd;
 }
 
-int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
-                    uint8_t *pages)
+/* Have @found called for every stretch that the kernel reports; see PAGEMAP_SCAN. */
+static int walk(int pagemap_fd, struct pm_scan_arg scan, uint64_t page_bytes, uint8_t *pages,
+                uint8_t (*bits_of)(uint64_t categories))
 {
     struct page_region found[REGIONS_A_CALL];
-    const uint64_t end = start_addr + length_bytes;
-    uint64_t at = start_addr;
-    memset(pages, MF_PAGEMAP_WRITTEN, length_bytes / page_bytes);
-    while (at < end) {
-        struct pm_scan_arg scan = {
-            .size = sizeof(scan),
-            .flags = PM_SCAN_CHECK_WPASYNC,
-            .start = at,
-            .end = end,
-            .vec = (uint64_t)(uintptr_t)found,
-            .vec_len = REGIONS_A_CALL,
-            /* A protected page that is not mapped any more has a marker, which counts as swapped.
-             */
-            .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        };
+    const uint64_t start_addr = scan.start;
+    scan.size = sizeof(scan);
+    scan.vec = (uint64_t)(uintptr_t)found;
+    scan.vec_len = REGIONS_A_CALL;
+    while (scan.start < scan.end) {
         long count = ioctl(pagemap_fd, PAGEMAP_SCAN, &scan);
         if (count < 0)
             return -errno;
@@ -49,17 +39,52 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, 
             /* Only pages that lie in it as a whole. */
             uint64_t first = (found[i].start - start_addr + page_bytes - 1) / page_bytes;
             uint64_t last = (found[i].end - start_addr) / page_bytes;
-            const uint8_t bits =
-                (uint8_t)((found[i].categories & PAGE_IS_WRITTEN ? MF_PAGEMAP_WRITTEN : 0) |
-                          (found[i].categories & PAGE_IS_PRESENT ? MF_PAGEMAP_PRESENT : 0));
             for (uint64_t page = first; page < last; page++)
-                pages[page] = bits;
+                pages[page] = bits_of(found[i].categories);
         }
-        if (scan.walk_end <= at)
+        if (scan.walk_end <= scan.start)
             return -EIO;
-        at = scan.walk_end;
+        scan.start = scan.walk_end;
     }
     return 0;
+}
+
+static uint8_t as_found(uint64_t categories)
+{
+    return (uint8_t)((categories & PAGE_IS_WRITTEN ? MF_PAGEMAP_WRITTEN : 0) |
+                     (categories & PAGE_IS_PRESENT ? MF_PAGEMAP_PRESENT : 0));
+}
+
+int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
+                    uint8_t *pages)
+{
+    memset(pages, MF_PAGEMAP_WRITTEN, length_bytes / page_bytes);
+    return walk(pagemap_fd,
+                (struct pm_scan_arg){
+                    .flags = PM_SCAN_CHECK_WPASYNC,
+                    .start = start_addr,
+                    .end = start_addr + length_bytes,
+                    /* A protected page that is not mapped any more has a marker, which counts as
+                     * swapped. */
+                    .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                    .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                },
+                page_bytes, pages, as_found);
+}
+
+int mf_pagemap_protect(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                       uint64_t page_bytes, uint8_t *pages)
+{
+    memset(pages, 0, length_bytes / page_bytes);
+    return walk(pagemap_fd,
+                (struct pm_scan_arg){
+                    .flags = PM_SCAN_CHECK_WPASYNC | PM_SCAN_WP_MATCHING,
+                    .start = start_addr,
+                    .end = start_addr + length_bytes,
+                    .category_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+                    .return_mask = PAGE_IS_WRITTEN | PAGE_IS_PRESENT,
+                },
+                page_bytes, pages, as_found);
 }
 
 /* Linux before 6.7: a word a page, Documentation/admin-guide/mm/pagemap.rst. The page of zeros

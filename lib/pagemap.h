@@ -43,3 +43,15 @@ int mf_pagemap_populated(int pagemap_fd, uint64_t start_addr, uint64_t length_by
  */
 int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
                     uint8_t *pages);
+
+/**
+ * mf_pagemap_protect() - find the written pages of [@start_addr, +@length_bytes) and write-protect
+ * them in the same step: nothing written in between is missed. One call where UFFDIO_WRITEPROTECT
+ * would take one for every run, each with its interrupts to the processors the target runs on. Its
+ * price: KVM drops its mappings of the whole range, so it is for ranges with many runs.
+ * @pages: one byte a page; set to MF_PAGEMAP_WRITTEN | MF_PAGEMAP_PRESENT where a page was written
+ *         and is protected now, else to 0 (clean, or not mapped and so not protected either).
+ * Return: 0 or -errno as mf_pagemap_scan(); then some may be protected that @pages does not tell.
+ */
+int mf_pagemap_protect(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                       uint64_t page_bytes, uint8_t *pages);

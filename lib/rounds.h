@@ -31,18 +31,23 @@ struct mf_rounds {
     unsigned round;               /**< of the last one that ended */
     uint64_t pages, before_pages; /**< copied in it, and in the one before */
     uint64_t duration_ns, before_ns;
+    uint64_t dirty_pages; /**< copied, and written again by the end of it; MF_ROUNDS_UNKNOWN */
 };
+
+#define MF_ROUNDS_UNKNOWN UINT64_MAX
 
 #define MF_ROUNDS_HYBRID 8u
 #define MF_ROUNDS_MAX_BLACKOUT_MS 300u
 #define MF_ROUNDS_FEW_PAGES 256u /**< fewer than these are not worth another round */
 
-/** mf_rounds_done() - a round has landed; what now? */
+/** mf_rounds_done() - a round has landed; what now?
+ *  @dirty_pages: of what was copied so far, written again by now; or MF_ROUNDS_UNKNOWN. */
 enum mf_rounds_next mf_rounds_done(struct mf_rounds *rounds, unsigned round, uint64_t pages,
-                                   uint64_t duration_ns);
+                                   uint64_t duration_ns, uint64_t dirty_pages);
 
-/** mf_rounds_dirty_rate() - pages the guest dirties a second: what the last round found was dirtied
- * while the one before ran. 0 before the second round's end. */
+/** mf_rounds_dirty_rate() - pages the guest dirties a second: what was found dirty at the end of
+ * the last round; where that is not known, what it found was dirtied while the one before ran. 0 as
+ * long as nothing is known. */
 uint64_t mf_rounds_dirty_rate(const struct mf_rounds *rounds);
 
 /** mf_rounds_expected_blackout_ns() - how long it would take by now to send what is dirty and to

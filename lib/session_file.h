@@ -44,6 +44,9 @@ struct mf_session_file {
         uint64_t pages;
         uint64_t offset_bytes;
     } region[MF_REGIONS_MAX];
+    /** Source, after RELEASE: every page was looked at; what was written since it was copied is not
+     * marked as a copy any more. */
+    _Atomic uint32_t looked;
     struct mf_figures figures;
 };
 _Static_assert(sizeof(struct mf_session_file) <= MF_SESSION_FILE_HEADER_BYTES,

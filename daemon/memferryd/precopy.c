@@ -91,14 +91,15 @@ void precopy_begin(struct session *session)
 }
 
 void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
-                        uint64_t duration_ns)
+                        uint64_t duration_ns, uint64_t dirty_pages)
 {
     if (session->state != MF_S_PRECOPY)
         return;
     struct mf_rounds *rounds = &session->rounds;
-    enum mf_rounds_next next = mf_rounds_done(rounds, round, pages, duration_ns);
-    mf_log(MF_LOG_DEBUG, "%s: round %u: %llu pages in %llu ms", session->name, round,
-           (unsigned long long)pages, (unsigned long long)(duration_ns / 1000000u));
+    enum mf_rounds_next next = mf_rounds_done(rounds, round, pages, duration_ns, dirty_pages);
+    mf_log(MF_LOG_DEBUG, "%s: round %u: %llu pages in %llu ms, %llu dirty by then", session->name,
+           round, (unsigned long long)pages, (unsigned long long)(duration_ns / 1000000u),
+           (unsigned long long)dirty_pages);
     if (next == MF_ROUNDS_AGAIN) {
         if (rounds->mode == MF_PRECOPY && round >= MF_ROUNDS_HYBRID)
             session_set_reason(

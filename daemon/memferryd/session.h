@@ -169,7 +169,7 @@ void precopy_send_settings(struct session *session);
  * postcopy. */
 void precopy_begin(struct session *session);
 void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
-                        uint64_t duration_ns);
+                        uint64_t duration_ns, uint64_t dirty_pages);
 /** precopy_switch() - an operator's word or the time: end precopy now. */
 void precopy_switch(struct session *session);
 /** precopy_look_again() - source, the guest is paused: memory that it maps otherwise than when its

@@ -504,7 +504,7 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         break;
     case MF_IPC_ROUND_DONE:
         precopy_round_done(session, message->round.round, message->round.copied_pages,
-                           message->round.duration_ns);
+                           message->round.duration_ns, message->round.dirty_pages);
         break;
     case MF_IPC_CONFIRMED_ALL:
         session->confirmed_all = true;

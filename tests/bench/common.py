@@ -85,6 +85,7 @@ class Bench:
         sys.setswitchinterval(0.0005)
         self.sandbox.__enter__()
         try:
+            self._hold_memory()
             self.network = Network(self.sandbox)
             self.network.limit(self.options.mbit)
             self.hosts = {side: Host(self.sandbox, self.network, side, start="memferry" in self.ways)
@@ -96,6 +97,22 @@ class Bench:
 
     def __exit__(self, *details):
         self.sandbox.__exit__(*details)
+
+    def _hold_memory(self):
+        """See tests/bench/ballast."""
+        if not self.options.ballast:
+            return
+        log = os.path.join(self.sandbox.path, "ballast.log")
+        process = self.sandbox.spawn(
+            [os.path.join(os.path.dirname(os.path.abspath(__file__)), "ballast")], log)
+
+        def ready():
+            if process.poll() is not None:
+                raise HarnessError(f"tests/bench/ballast ended: see {log}")
+            with open(log, encoding="ascii") as file:
+                return "ready" in file.read()
+
+        wait_until(ready, 300, "the machine's free memory is held", interval=0.1)
 
     def describe(self):
         """One line on what was measured with: nothing compares without it."""
@@ -385,6 +402,9 @@ def add_options(parser):
                         help="when qemu-preempt goes over to postcopy (as memferry's mode does: at once "
                              "with --mode postcopy, else after the first pass)")
     parser.add_argument("--mbit", type=int, help="limit the cable to that many Mbit/s")
+    parser.add_argument("--ballast", action=argparse.BooleanOptionalAction, default=True,
+                        help="have all memory touched before it is used, for a machine that is itself "
+                             "virtual (yes; tests/bench/ballast says why)")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                         help="have the guest check all its memory after each run (yes)")
     parser.add_argument("--json", metavar="FILE", help="write every run's figures there")

@@ -58,7 +58,7 @@
 #define HUGE_BYTES SENDER_BATCH_BYTES /* the least of which a frame carries one */
 #define FILE_BYTES (HUGE_MOST * HUGE_BYTES)
 #define MOST SMALL_MOST
-#define MAPS 2u /* each region is mapped twice on each host */
+#define MAPS 2u /* each region is mapped twice at the destination, once or twice at the source */
 #define CHUNK 16u
 #define STREAMS_MOST 3u
 #define URGENT STREAMS_MOST /* the connection behind the bulk ones */
@@ -79,6 +79,7 @@ struct page_at {
 };
 
 static struct mover source, dest;
+static struct mf_session_file source_file;
 static struct mf_figures source_figures, dest_figures;
 static struct fault_table table;
 static struct sender *sender[STREAMS_MOST + 1];
@@ -110,8 +111,9 @@ static bool zeros_there[MAPS][SMALL_MOST]; /* discarded by one of two */
 
 static enum phase phase;
 static unsigned streams, round_number, rounds_wanted;
-static bool confirm_first, tracked, source_vm_gone, cut, chunk_taken[REGIONS][MOST],
-    barrier_out[STREAMS_MOST];
+static bool confirm_first, tracked, source_vm_gone, cut, barrier_out[STREAMS_MOST];
+static uint8_t chunk_taken[REGIONS][MOST]; /* so often in this pass */
+static unsigned looked_chunks, source_maps;
 static bool guest_runs_there, broken, may_discard, may_break, may_crash, may_fork, may_switch,
     protect_fails;
 static unsigned barriers, hook_rate, depth;
@@ -321,6 +323,27 @@ int mf_pagemap_populated(int pagemap_fd, uint64_t start_addr, uint64_t length_by
     return 0;
 }
 
+int mf_pagemap_protect(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes,
+                       uint64_t page_bytes, uint8_t *out)
+{
+    uint32_t region;
+    uint64_t first;
+    unsigned map = decode(start_addr, &region, &first);
+    if (pagemap_fd < 0 || source_vm_gone)
+        return -ESRCH;
+    for (uint64_t i = 0; i < length_bytes / page_bytes; i++) {
+        model_hook();
+        if (protect_fails && below(40) == 0)
+            return -EIO; /* pages before this one are protected */
+        out[i] = 0;
+        if (!written[region][map][first + i] || !present[region][map][first + i])
+            continue;
+        written[region][map][first + i] = false;
+        out[i] = MF_PAGEMAP_WRITTEN | MF_PAGEMAP_PRESENT;
+    }
+    return 0;
+}
+
 int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
 {
     uint32_t region;
@@ -487,7 +510,7 @@ static void guest_at_source(void)
     any_page(&region, &page);
     const struct mf_region *r = &source.region[region];
     uint8_t *at = guest_memory[region] + page * r->page_bytes;
-    const unsigned map = is_private(region) ? 0 : below(MAPS);
+    const unsigned map = is_private(region) ? 0 : below(source_maps);
     switch (below(8)) {
     case 0: /* a balloon, or free page reporting */
         for (uint64_t n = 1 + below(3); n > 0 && page < r->pages; n--, page++) {
@@ -796,6 +819,28 @@ static void fault_thread(void)
 
 /* ---- threads of the source's mover ---- */
 
+/* The first time along the row after precopy. Return: was there anything left to do? */
+static bool look_step(struct sender *s)
+{
+    unsigned chunks_in_all = 0;
+    for (uint32_t region = 0; region < REGIONS; region++)
+        chunks_in_all += (unsigned)((source.region[region].pages + CHUNK - 1) / CHUNK);
+    for (uint32_t region = 0; region < REGIONS; region++)
+        for (uint64_t first = 0; first < source.region[region].pages; first += CHUNK) {
+            if (chunk_taken[region][first / CHUNK])
+                continue;
+            chunk_taken[region][first / CHUNK] = 1;
+            const uint64_t pages = source.region[region].pages - first;
+            TRACE("  looks at %u:%llu\n", region, (unsigned long long)first);
+            if (sender_confirm(s, region, first, pages < CHUNK ? pages : CHUNK) < 0)
+                return true;
+            if (++looked_chunks == chunks_in_all)
+                source_file.looked = 1;
+            return true;
+        }
+    return false;
+}
+
 static void sweep_step(unsigned stream)
 {
     struct sender *s = sender[stream];
@@ -805,6 +850,8 @@ static void sweep_step(unsigned stream)
     if (phase == FROZEN && !confirm_first)
         return;
     s->round = round;
+    if (!round && source.pagemap_fd >= 0 && !source_file.looked && look_step(s))
+        return;
     uint32_t region = source.region[1].pages && below(6) == 0;
     for (unsigned tries = 0; tries < REGIONS && !(round && cut); tries++, region ^= 1u) {
         const uint64_t pages = source.region[region].pages;
@@ -814,9 +861,9 @@ static void sweep_step(unsigned stream)
         const uint32_t begin = below(chunks);
         for (uint32_t i = 0; i < chunks; i++) {
             const uint32_t chunk = (begin + i) % chunks;
-            if (chunk_taken[region][chunk])
+            if (chunk_taken[region][chunk] >= (round ? 1 : 2))
                 continue;
-            chunk_taken[region][chunk] = true;
+            chunk_taken[region][chunk] = round ? 1 : 2;
             const uint64_t first = chunk * CHUNK,
                            end = first + CHUNK < pages ? first + CHUNK : pages;
             TRACE("  stream %u takes %u:%llu\n", stream, region, (unsigned long long)first);
@@ -913,6 +960,7 @@ static void fill_missing(void)
 static void begin_pass(void)
 {
     memset(chunk_taken, 0, sizeof(chunk_taken));
+    looked_chunks = 0;
     memset(barrier_out, 0, sizeof(barrier_out));
     barriers = 0;
 }
@@ -1115,6 +1163,8 @@ static void set_up(void)
     memset(busy, 0, sizeof(busy));
     fault_count = request_count = round_number = barriers = 0;
     guest_runs_there = broken = cut = source_vm_gone = false;
+    source_file.looked = 0;
+    source_maps = 1 + below(MAPS);
     pass = 0;
     phase = ROUNDS;
     for (unsigned i = 0; i <= STREAMS_MOST; i++)
@@ -1132,14 +1182,17 @@ static void set_up(void)
     set_up_region(1, below(3) ? 0 : 1 + below(HUGE_MOST));
     for (uint32_t r = 0; r < REGIONS; r++)
         for (unsigned m = 0; m < MAPS; m++)
-            mappings[r * MAPS + m] = (struct mf_mapping){.start_addr = address(r, m),
-                                                         .length_bytes = dest.region[r].size_bytes,
-                                                         .region = r};
-    unsigned count = dest.region[1].pages ? REGIONS * MAPS : MAPS;
-    if (private_kind) /* its second place comes by a fork */
-        memmove(&mappings[1], &mappings[2], sizeof(mappings[0]) * (--count - 1));
-    mf_layout_set(&source.layout, mappings, count);
-    mf_layout_set(&dest.layout, mappings, count);
+            mappings[m * REGIONS + r] =
+                (struct mf_mapping){.start_addr = address(r, m),
+                                    .length_bytes = dest.region[r].size_bytes,
+                                    .region = r};
+    /* A region without pages has mappings without pages. Private memory has one place, at the
+     * destination a second one by a fork. */
+    const unsigned all_maps = REGIONS * MAPS - private_kind;
+    if (private_kind)
+        mappings[REGIONS] = mappings[REGIONS + 1];
+    mf_layout_set(&source.layout, mappings, source_maps == 1 ? REGIONS : all_maps);
+    mf_layout_set(&dest.layout, mappings, all_maps);
     atomic_store(&dest_figures.missing_pages, dest.region[0].pages + dest.region[1].pages);
     streams = 1 + below(STREAMS_MOST);
     tracked = below(8) != 0;
@@ -1227,6 +1280,7 @@ int main(void)
     source.role = MF_SOURCE;
     dest.role = MF_DESTINATION;
     source.figures = &source_figures;
+    source.view.file = &source_file;
     dest.figures = &dest_figures;
     source.region_count = dest.region_count = REGIONS;
     /* The descriptors are never used: the calls that take them are modelled. */

@@ -40,7 +40,7 @@ static void expect(struct mf_rounds rounds, const uint64_t *pages, unsigned coun
                    enum mf_rounds_next last)
 {
     for (unsigned i = 0; i < count; i++)
-        assert_int_equal(mf_rounds_done(&rounds, i + 1, pages[i], SECOND),
+        assert_int_equal(mf_rounds_done(&rounds, i + 1, pages[i], SECOND, MF_ROUNDS_UNKNOWN),
                          i + 1 < count ? MF_ROUNDS_AGAIN : last);
 }
 #define EXPECT(rounds, last, ...)                                                                  \
@@ -60,6 +60,30 @@ static void hybrid_goes_on_while_less_is_left(void **state)
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 100000, MF_ROUNDS_FEW_PAGES, MF_ROUNDS_FEW_PAGES - 1);
     EXPECT(hybrid, MF_ROUNDS_SWITCH, 0, 0); /* nothing but holes */
     EXPECT(hybrid, MF_ROUNDS_SWITCH, MANY, MANY / 3, MANY / 3);
+}
+
+static enum mf_rounds_next after(unsigned round, uint64_t pages, uint64_t dirty_pages)
+{
+    struct mf_rounds rounds = {.mode = MF_HYBRID};
+    return mf_rounds_done(&rounds, round, pages, SECOND, dirty_pages);
+}
+
+static void hybrid_looks_ahead_where_it_knows_what_is_dirty(void **state)
+{
+    (void)state;
+    /* Nothing, or next to nothing, is left for a second round. */
+    assert_int_equal(after(1, MANY, 0), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(1, 0, 0), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(1, MANY, MF_ROUNDS_FEW_PAGES - 1), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(1, MANY, MF_ROUNDS_FEW_PAGES), MF_ROUNDS_AGAIN);
+    /* The first round's pages were open to writes for half of it. */
+    assert_int_equal(after(1, 100000, 24999), MF_ROUNDS_AGAIN);
+    assert_int_equal(after(1, 100000, 25000), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(2, 100000, 25000), MF_ROUNDS_AGAIN);
+    assert_int_equal(after(2, 100000, 49999), MF_ROUNDS_AGAIN);
+    assert_int_equal(after(2, 100000, 50000), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(2, 100000, MANY), MF_ROUNDS_SWITCH);
+    assert_int_equal(after(MF_ROUNDS_HYBRID, MANY, MANY / 100), MF_ROUNDS_SWITCH);
 }
 
 static void hybrid_keeps_to_its_number_of_rounds(void **state)
@@ -92,22 +116,26 @@ static void precopy_switches_when_the_rest_fits(void **state)
     struct mf_rounds rounds = {.mode = MF_PRECOPY, .max_blackout_ns = 300 * MS};
     assert_int_equal(mf_rounds_expected_blackout_ns(&rounds), 0);
     /* A first round that is short says nothing of what is dirty by then. */
-    assert_int_equal(mf_rounds_done(&rounds, 1, 10, 1 * MS), MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 1, 10, 1 * MS, MF_ROUNDS_UNKNOWN), MF_ROUNDS_AGAIN);
     assert_int_equal(mf_rounds_expected_blackout_ns(&rounds), 0);
-    assert_int_equal(mf_rounds_done(&rounds, 2, 10, 1 * MS), MF_ROUNDS_SWITCH);
+    assert_int_equal(mf_rounds_done(&rounds, 2, 10, 1 * MS, MF_ROUNDS_UNKNOWN), MF_ROUNDS_SWITCH);
 
     /* A round that took twice as long as may be never fits, one that is much shorter does. */
     rounds = (struct mf_rounds){.mode = MF_PRECOPY, .max_blackout_ns = 300 * MS};
-    assert_int_equal(mf_rounds_done(&rounds, 1, 100000, 10 * SECOND), MF_ROUNDS_AGAIN);
-    assert_int_equal(mf_rounds_done(&rounds, 2, 10000, 600 * MS), MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 1, 100000, 10 * SECOND, MF_ROUNDS_UNKNOWN),
+                     MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 2, 10000, 600 * MS, MF_ROUNDS_UNKNOWN),
+                     MF_ROUNDS_AGAIN);
     assert_true(mf_rounds_expected_blackout_ns(&rounds) > 300 * MS);
-    assert_int_equal(mf_rounds_done(&rounds, 3, 1000, 60 * MS), MF_ROUNDS_SWITCH);
+    assert_int_equal(mf_rounds_done(&rounds, 3, 1000, 60 * MS, MF_ROUNDS_UNKNOWN),
+                     MF_ROUNDS_SWITCH);
     assert_in_range(mf_rounds_expected_blackout_ns(&rounds), 1, 300 * MS);
 
     /* Rounds that get longer promise more still. */
     rounds = (struct mf_rounds){.mode = MF_PRECOPY, .max_blackout_ns = 300 * MS};
-    assert_int_equal(mf_rounds_done(&rounds, 1, 1000, 20 * MS), MF_ROUNDS_AGAIN);
-    assert_int_equal(mf_rounds_done(&rounds, 2, 10000, 200 * MS), MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 1, 1000, 20 * MS, MF_ROUNDS_UNKNOWN), MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 2, 10000, 200 * MS, MF_ROUNDS_UNKNOWN),
+                     MF_ROUNDS_AGAIN);
 }
 
 static void precopy_goes_on_or_falls_back(void **state)
@@ -115,7 +143,8 @@ static void precopy_goes_on_or_falls_back(void **state)
     (void)state;
     struct mf_rounds rounds = {.mode = MF_PRECOPY, .max_blackout_ns = 300 * MS};
     for (unsigned round = 1; round < 1000; round++)
-        assert_int_equal(mf_rounds_done(&rounds, round, 100000, SECOND), MF_ROUNDS_AGAIN);
+        assert_int_equal(mf_rounds_done(&rounds, round, 100000, SECOND, MF_ROUNDS_UNKNOWN),
+                         MF_ROUNDS_AGAIN);
     rounds.fallback = true;
     EXPECT(rounds, MF_ROUNDS_FALL_BACK, 9, 9, 9, 9, 9, 9, 9, 9);
     rounds.max_rounds = 3;
@@ -124,8 +153,10 @@ static void precopy_goes_on_or_falls_back(void **state)
     rounds = (struct mf_rounds){.mode = MF_PRECOPY, .max_blackout_ns = 300 * MS, .fallback = true};
     uint64_t pages = MANY;
     for (unsigned round = 1; round < 20; round++, pages /= 2)
-        assert_int_equal(mf_rounds_done(&rounds, round, pages, SECOND), MF_ROUNDS_AGAIN);
-    assert_int_equal(mf_rounds_done(&rounds, 20, pages * 2, SECOND), MF_ROUNDS_FALL_BACK);
+        assert_int_equal(mf_rounds_done(&rounds, round, pages, SECOND, MF_ROUNDS_UNKNOWN),
+                         MF_ROUNDS_AGAIN);
+    assert_int_equal(mf_rounds_done(&rounds, 20, pages * 2, SECOND, MF_ROUNDS_UNKNOWN),
+                     MF_ROUNDS_FALL_BACK);
 }
 
 static void knows_the_rates(void **state)
@@ -133,19 +164,21 @@ static void knows_the_rates(void **state)
     (void)state;
     struct mf_rounds rounds = {.mode = MF_HYBRID};
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 0);
-    mf_rounds_done(&rounds, 1, 1000000, 10 * SECOND);
+    mf_rounds_done(&rounds, 1, 1000000, 10 * SECOND, MF_ROUNDS_UNKNOWN);
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 0); /* the first round copies what is there */
     /* Dirtied in the ten seconds of the round before, copied in one. */
-    mf_rounds_done(&rounds, 2, 50000, SECOND);
+    mf_rounds_done(&rounds, 2, 50000, SECOND, MF_ROUNDS_UNKNOWN);
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 5000);
-    mf_rounds_done(&rounds, 3, 5000, SECOND / 2);
+    mf_rounds_done(&rounds, 3, 5000, SECOND / 2, MF_ROUNDS_UNKNOWN);
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 5000);
-    mf_rounds_done(&rounds, 4, 0, 0); /* a clock that stands still */
+    mf_rounds_done(&rounds, 4, 0, 0, MF_ROUNDS_UNKNOWN); /* a clock that stands still */
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 0);
-    mf_rounds_done(&rounds, 5, 0, 0);
+    mf_rounds_done(&rounds, 5, 0, 0, MF_ROUNDS_UNKNOWN);
     assert_int_equal(mf_rounds_dirty_rate(&rounds), 0);
-    mf_rounds_done(&rounds, 6, MANY, SECOND);
-    mf_rounds_done(&rounds, 7, MANY, SECOND);
+    mf_rounds_done(&rounds, 6, 1000, SECOND / 2, 300);
+    assert_int_equal(mf_rounds_dirty_rate(&rounds), 600);
+    mf_rounds_done(&rounds, 6, MANY, SECOND, MF_ROUNDS_UNKNOWN);
+    mf_rounds_done(&rounds, 7, MANY, SECOND, MF_ROUNDS_UNKNOWN);
     assert_true(mf_rounds_dirty_rate(&rounds) == MANY);
 }
 
@@ -154,6 +187,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(has_names),
         cmocka_unit_test(hybrid_goes_on_while_less_is_left),
+        cmocka_unit_test(hybrid_looks_ahead_where_it_knows_what_is_dirty),
         cmocka_unit_test(hybrid_keeps_to_its_number_of_rounds),
         cmocka_unit_test(switches_when_told),
         cmocka_unit_test(precopy_switches_when_the_rest_fits),

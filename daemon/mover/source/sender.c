@@ -10,7 +10,10 @@
 #include "lib/uffd.h"
 #include "lib/zero.h"
 
-#define NOT_SEEN 0xffu /**< in `seen`: no mapping covers it */
+#define NOT_SEEN 0xffu  /**< in `seen`: no mapping covers it */
+#define PROTECTED 0x80u /**< in `seen`: written, and write-protected by now */
+#define SCATTERED_RUNS                                                                             \
+    6u /**< of written pages in a chunk: as of here they are protected together */
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -153,9 +156,14 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
             s->seen[page] =
                 s->seen[page] == NOT_SEEN ? one[page - at] : s->seen[page] | one[page - at];
     }
-    for (uint64_t page = 0; page < pages; page++)
+    /* Since then RAM is frozen, and what was found written is not called a copy any more. */
+    const bool settled = atomic_load_explicit(&mover->view.file->looked, memory_order_acquire);
+    for (uint64_t page = 0; page < pages; page++) {
         if (r < 0 || s->seen[page] == NOT_SEEN)
             s->seen[page] = MF_PAGEMAP_WRITTEN;
+        if (settled)
+            s->seen[page] &= (uint8_t)~MF_PAGEMAP_WRITTEN;
+    }
 }
 
 /*
@@ -283,6 +291,71 @@ int sender_pages(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     return 0;
 }
 
+/* Of pages that the file holds: what is current is said so, and the rest is no copy any more. */
+static int confirm_copied(struct sender *s, uint32_t region, uint64_t first, uint64_t end)
+{
+    const struct mf_region *r = &s->mover->region[region];
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    uint64_t run = first;
+    if (r->kind == MF_MEMORY_PRIVATE) {
+        int error = 0, result = private_fetch(s, region, first, end, &error);
+        if (result < 0 || error < 0)
+            return result < 0 ? result : private_failed(s->mover, region, error);
+    }
+    populate(r, first, end);
+    for (uint64_t page = first; page <= end; page++) {
+        bool current = false;
+        if (page < end) {
+            const bool unsent = mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_UNSENT;
+            const bool written = s->seen[page - s->seen_first] & MF_PAGEMAP_WRITTEN;
+            current = unsent && classify(s, region, page) == MF_FRAME_CURRENT;
+            /* Also of what was sent already: should its connection be lost, it is no copy. */
+            if (written || (unsent && !current))
+                mf_page_set_copied(states, page, 0);
+        }
+        if (current)
+            continue;
+        if (page > run) {
+            int result = put_answer(s, MF_FRAME_CURRENT, false, region, run, page - run, false);
+            if (result < 0)
+                return result;
+        }
+        run = page + 1;
+    }
+    return 0;
+}
+
+int sender_confirm(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    const uint64_t end = first + pages;
+    look_for_writes(s, region, first, pages);
+    if (s->mover->region[region].kind == MF_MEMORY_PRIVATE) {
+        int r = private_look(s, region, first, pages);
+        if (r < 0)
+            return r;
+    }
+    for (uint64_t page = first; page < end;) {
+        uint8_t copied = 0;
+        const uint64_t run = mf_page_run_of(states, MF_PAGE_COPY_MASK, page, end, &copied);
+        uint64_t until = page + run;
+        /* Punched meanwhile: a hole must not be read, and is no copy of bytes. */
+        for (bool data; copied && page < until;) {
+            uint64_t extent = until;
+            int r = next_extent(s, &s->mover->region[region], page, until, &data, &extent);
+            if (r == 0 && data)
+                r = confirm_copied(s, region, page, extent);
+            for (uint64_t hole = page; r == 0 && !data && hole < extent; hole++)
+                mf_page_set_copied(states, hole, 0);
+            if (r < 0)
+                return r;
+            page = extent;
+        }
+        page = until;
+    }
+    return 0;
+}
+
 /* ---- precopy rounds ---- */
 
 static int protect(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
@@ -320,14 +393,46 @@ static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t
     return 0;
 }
 
+/*
+ * Written pages that lie scattered are protected by one call for all of them: each protecting call
+ * interrupts the processors that the guest runs on and waits for them, which for single pages takes
+ * many times as long as sending them. The call finds anew what is written, so that nothing is
+ * missed that was written since the first look.
+ */
+static void protect_scattered(struct sender *s, uint32_t region, uint64_t pages)
+{
+    const struct mover *mover = s->mover;
+    const uint64_t page_bytes = mover->region[region].page_bytes;
+    unsigned runs = 0;
+    for (uint64_t i = 0; i < pages; i++)
+        runs += (s->seen[i] & MF_PAGEMAP_WRITTEN) && !(i && (s->seen[i - 1] & MF_PAGEMAP_WRITTEN));
+    if (runs < SCATTERED_RUNS)
+        return;
+    struct mf_range range;
+    /* With several mappings each would have to be protected by the same call; that is rare. */
+    if (mf_layout_ranges(&mover->layout, region, s->seen_first * page_bytes, pages * page_bytes,
+                         &range, 1) != 1)
+        return;
+    const uint64_t at = range.offset_bytes / page_bytes - s->seen_first;
+    int r = mf_pagemap_protect(mover->pagemap_fd, range.start_addr, range.length_bytes, page_bytes,
+                               s->seen_once);
+    for (uint64_t i = 0; i < range.length_bytes / page_bytes; i++) {
+        if (r < 0)
+            s->seen[at + i] |= MF_PAGEMAP_WRITTEN;
+        else if (s->seen_once[i])
+            s->seen[at + i] = MF_PAGEMAP_WRITTEN | MF_PAGEMAP_PRESENT | PROTECTED;
+    }
+}
+
 /* A run that the file holds and that was written: protected first, so that what is written from now
  * on shows, then read. The bytes themselves are read when the batch is sent, which is later still.
  */
-static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t end)
+static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t end,
+                    bool is_protected)
 {
     const struct mf_region *r = &s->mover->region[region];
     const struct mf_pages *states = &s->mover->view.pages[region];
-    if (protect(s, region, first, end - first) < 0)
+    if (!is_protected && protect(s, region, first, end - first) < 0)
         return take_back(s, region, first, end - first,
                          0); /* can't be followed: sent after RELEASE */
     if (r->kind == MF_MEMORY_PRIVATE) {
@@ -377,6 +482,8 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
         if (result < 0)
             return result;
     }
+    if (!all)
+        protect_scattered(s, region, pages);
     for (uint64_t page = first; page < end;) {
         bool data = false;
         uint64_t until = end;
@@ -385,10 +492,12 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
             result = take_back(s, region, page, until - page, 0);
         for (uint64_t at = page; result == 0 && data && at < until;) {
             uint64_t run = at;
-            while (at < until && (s->seen[at - first] & MF_PAGEMAP_WRITTEN))
+            const uint8_t is_protected = s->seen[at - first] & PROTECTED;
+            while (at < until && (s->seen[at - first] & MF_PAGEMAP_WRITTEN) &&
+                   (s->seen[at - first] & PROTECTED) == is_protected)
                 at++;
             if (at > run)
-                result = copy_run(s, region, run, at);
+                result = copy_run(s, region, run, at, is_protected);
             else
                 at++;
         }
@@ -397,4 +506,15 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
         page = until;
     }
     return 0;
+}
+
+uint64_t sender_count_dirty(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    uint64_t dirty_pages = 0;
+    look_for_writes(s, region, first, pages);
+    for (uint64_t i = 0; i < pages; i++)
+        dirty_pages += (s->seen[i] & MF_PAGEMAP_WRITTEN) &&
+                       (mf_page_load(states, first + i) & MF_PAGE_COPY_MASK);
+    return dirty_pages;
 }

@@ -57,10 +57,21 @@ int sender_pages(struct sender *sender, uint32_t region, uint64_t first, uint64_
                  bool again);
 
 /**
+ * sender_confirm() - say of a run's copies which are CURRENT, and take the others for no copies any
+ * more: after a call for every page the VM's page tables are needed no longer. RAM is frozen. At
+ * most SENDER_CHUNK_PAGES. Return: 0 or -errno of the connection.
+ */
+int sender_confirm(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages);
+
+/**
  * sender_round() - a precopy round's part: protect, then copy, what was written since it was last
  * protected (in the first round: everything). The guest runs.
  */
 int sender_round(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages, bool all);
+
+/** sender_count_dirty() - how many of a run's copies were written since. At most
+ * SENDER_CHUNK_PAGES; sends nothing. */
+uint64_t sender_count_dirty(struct sender *sender, uint32_t region, uint64_t first, uint64_t pages);
 
 /** sender_barrier() - a BARRIER behind everything so far. */
 int sender_barrier(struct sender *sender, uint32_t pass);

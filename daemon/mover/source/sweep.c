@@ -6,6 +6,11 @@
  * took, beginning behind the last fault (the pivot): where the guest works now it will soon want
  * more. Taking a chunk is one atomic exchange. Behind the last chunk every thread sends a BARRIER;
  * once the destination has all of them it knows that what it still misses must be named again.
+ *
+ * After precopy the row is gone along twice. First to look for writes and to say of all copies that
+ * are current that they are: that takes few bytes and lets the guest have most of its memory. It
+ * also notes here what was written, so that from then on nothing of the source's VM is needed but
+ * its RAM files. Then the bytes of the rest.
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/ring.h"
@@ -23,6 +28,7 @@
 #include "lib/util.h"
 
 #define CHUNK_BYTES (2u << 20)
+#define LOOKED_AT_CHUNKS 32768u /**< 64 GiB */
 
 static uint64_t chunk_pages(const struct mf_region *region)
 {
@@ -76,6 +82,7 @@ static void prepare_pass(struct sweep *sweep)
 {
     for (uint64_t i = 0; i < sweep->chunk_count; i++)
         atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
+    atomic_store(&sweep->looked_chunks, 0);
     sweep->pass++;
 }
 
@@ -142,6 +149,7 @@ void sweep_round(struct mover *mover)
     sweep->round++;
     sweep->in_round = true;
     sweep->finished = 0;
+    atomic_store(&sweep->through, 0);
     atomic_store(&sweep->cut, false);
     sweep->round_began_ns = mf_now_ns();
     pthread_cond_broadcast(&sweep->changed);
@@ -164,6 +172,7 @@ void sweep_round_landed(struct mover *mover, uint32_t round)
         prepare_pass(sweep);
         done.round.round = round;
         done.round.copied_pages = atomic_load(&mover->figures->round_pages);
+        done.round.dirty_pages = atomic_load(&sweep->dirty_pages);
         done.round.duration_ns = mf_now_ns() - sweep->round_began_ns;
     }
     pthread_mutex_unlock(&sweep->lock);
@@ -215,17 +224,19 @@ static uint32_t wait_for_pass(struct mover *mover, uint32_t done)
     return pass;
 }
 
-/* The next chunk from @from on, around the end; taken by this call. */
-static bool take_chunk(struct sweep *sweep, uint64_t from, uint64_t *chunk)
+/* The next chunk from @from on, around the end, that was not taken for @time (1, or 2: the second
+ * time); taken by this call. */
+static bool take_chunk(struct sweep *sweep, uint64_t from, uint8_t time, uint64_t *chunk)
 {
     for (uint64_t i = 0; i < sweep->chunk_count; i++) {
         uint64_t at = from + i < sweep->chunk_count ? from + i : from + i - sweep->chunk_count;
-        if (atomic_load_explicit(&sweep->taken[at], memory_order_relaxed))
-            continue;
-        if (!atomic_exchange_explicit(&sweep->taken[at], 1, memory_order_relaxed)) {
-            *chunk = at;
-            return true;
-        }
+        uint8_t taken = atomic_load_explicit(&sweep->taken[at], memory_order_relaxed);
+        while (taken < time)
+            if (atomic_compare_exchange_weak_explicit(&sweep->taken[at], &taken, time,
+                                                      memory_order_relaxed, memory_order_relaxed)) {
+                *chunk = at;
+                return true;
+            }
     }
     return false;
 }
@@ -238,21 +249,44 @@ static void let_urgent_by(struct sweep *sweep)
         nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
 }
 
-static int send_chunk(struct sender *sender, uint64_t chunk, uint32_t round)
+/* What a chunk is taken for. */
+enum along { ALONG_ROUND, ALONG_COPIES, ALONG_REST };
+
+static void count_looked(struct mover *mover)
 {
-    struct mover *mover = sender->mover;
+    struct sweep *sweep = &mover->sweep;
+    if (atomic_fetch_add(&sweep->looked_chunks, 1) + 1 == sweep->chunk_count)
+        atomic_store_explicit(&mover->view.file->looked, 1, memory_order_release);
+}
+
+/* Which pages a chunk is. Return: of which region. */
+static unsigned chunk_place(const struct mover *mover, uint64_t chunk, uint64_t *first,
+                            uint64_t *pages)
+{
     const struct sweep *sweep = &mover->sweep;
     unsigned region = 0;
     while (chunk >= sweep->chunk_base[region + 1])
         region++;
     const struct mf_region *r = &mover->region[region];
-    uint64_t first = (chunk - sweep->chunk_base[region]) * chunk_pages(r);
-    uint64_t pages = chunk_pages(r);
-    if (pages > r->pages - first)
-        pages = r->pages - first;
-    if (round) {
+    *first = (chunk - sweep->chunk_base[region]) * chunk_pages(r);
+    *pages = chunk_pages(r) < r->pages - *first ? chunk_pages(r) : r->pages - *first;
+    return region;
+}
+
+static int send_chunk(struct sender *sender, uint64_t chunk, enum along along, bool all)
+{
+    struct mover *mover = sender->mover;
+    uint64_t first, pages;
+    const unsigned region = chunk_place(mover, chunk, &first, &pages);
+    if (along == ALONG_ROUND) {
         atomic_fetch_sub_explicit(&mover->figures->round_left_pages, pages, memory_order_relaxed);
-        return sender_round(sender, region, first, pages, round == 1);
+        return sender_round(sender, region, first, pages, all);
+    }
+    if (along == ALONG_COPIES) {
+        int result = sender_confirm(sender, region, first, pages);
+        if (result == 0)
+            count_looked(mover);
+        return result;
     }
     /* On a later link little may be missing: only that is looked at. */
     const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
@@ -266,28 +300,68 @@ static int send_chunk(struct sender *sender, uint64_t chunk, uint32_t round)
     return 0;
 }
 
-static int one_pass(struct sender *sender, uint32_t pass)
+/* Once along the row, together with the other bulk threads. */
+static int go_along(struct sender *sender, enum along along, bool all)
 {
     struct mover *mover = sender->mover;
     struct sweep *sweep = &mover->sweep;
     uint64_t pivot = UINT64_MAX, chunk = 0;
+    while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
+        uint64_t now = atomic_load_explicit(&sweep->pivot, memory_order_relaxed);
+        if ((along == ALONG_ROUND && atomic_load_explicit(&sweep->cut, memory_order_relaxed)) ||
+            !take_chunk(sweep, now == pivot ? chunk : now, along == ALONG_REST ? 2 : 1, &chunk))
+            break;
+        pivot = now;
+        let_urgent_by(sweep);
+        int r = send_chunk(sender, chunk, along, all);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+/*
+ * The last thread that is through looks at how much is dirty by now: what another round would have
+ * to copy. It costs a round little (a page table's worth of pages a microsecond or two where few
+ * are dirty), and of very much RAM only a part is looked at.
+ */
+static void count_dirty(struct sender *sender)
+{
+    struct mover *mover = sender->mover;
+    struct sweep *sweep = &mover->sweep;
+    if (atomic_fetch_add(&sweep->through, 1) + 1 < mover->link.streams)
+        return;
+    const uint64_t step = sweep->chunk_count / LOOKED_AT_CHUNKS + 1;
+    uint64_t dirty_pages = 0;
+    for (uint64_t chunk = 0; chunk < sweep->chunk_count; chunk += step) {
+        uint64_t first, pages;
+        const unsigned region = chunk_place(mover, chunk, &first, &pages);
+        dirty_pages += sender_count_dirty(sender, region, first, pages);
+    }
+    atomic_store(&sweep->dirty_pages, dirty_pages * step);
+}
+
+static int one_pass(struct sender *sender, uint32_t pass)
+{
+    struct mover *mover = sender->mover;
+    struct sweep *sweep = &mover->sweep;
     /* Stays as it is for the whole pass: it changes only when all threads are through. */
     pthread_mutex_lock(&sweep->lock);
     const uint32_t round = sweep->in_round ? sweep->round : 0;
     pthread_mutex_unlock(&sweep->lock);
     sender->round = round != 0;
-    while (!atomic_load_explicit(&mover->link.stop, memory_order_relaxed)) {
-        uint64_t now = atomic_load_explicit(&sweep->pivot, memory_order_relaxed);
-        if ((round && atomic_load_explicit(&sweep->cut, memory_order_relaxed)) ||
-            !take_chunk(sweep, now == pivot ? chunk : now, &chunk))
-            break;
-        pivot = now;
-        let_urgent_by(sweep);
-        int r = send_chunk(sender, chunk, round);
-        if (r < 0)
-            return r;
+    int r = 0;
+    if (round) {
+        r = go_along(sender, ALONG_ROUND, round == 1);
+        count_dirty(sender);
+    } else {
+        if (mover->pagemap_fd >= 0 && !atomic_load(&mover->view.file->looked))
+            r = go_along(sender, ALONG_COPIES, false);
+        if (r == 0)
+            r = go_along(sender, ALONG_REST, false);
     }
-    int r = sender_barrier(sender, round ? round : pass);
+    if (r == 0)
+        r = sender_barrier(sender, round ? round : pass);
     if (r == 0 && round) {
         /* Counted before it is out, for the answer may come at once. */
         pthread_mutex_lock(&sweep->lock);
