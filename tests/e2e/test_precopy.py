@@ -8,7 +8,7 @@ import time
 
 from common import POSTCOPY, Pair, need
 from harness.net import Relay
-from harness.sandbox import wait_until
+from harness.sandbox import HarnessError, Skip, wait_until
 from harness.testing import e2e
 from test_faults import AFTER_RELEASE, wait_replaced
 from test_migrate import huge_pages, paused, whole_way
@@ -329,6 +329,31 @@ def link_cut_in_round(sandbox):
     wait_round(pair)
     relay.cut()
     failed(pair, verb)
+
+
+@e2e()
+def drive_plugged_in_round(sandbox):
+    """A drive past the page cache that comes while memory is copied: what it read was not seen as written."""
+    pair = Pair(sandbox, rate=0)
+    path = os.path.join(sandbox.path, "drive")
+    with open(path, "wb") as drive:
+        drive.truncate(1 << 20)
+    verb = pair.begin(*PACED)
+    wait_round(pair)
+    try:
+        pair.source.qmp("blockdev-add", **{"driver": "file", "node-name": "late", "filename": path,
+                                           "cache": {"direct": True}})
+    except HarnessError as error:
+        raise Skip(f"the file system of {sandbox.path} has no O_DIRECT: {error}") from error
+    answer = verb.wait(60)
+    need(answer.code == 1 and "late" in answer.json["reason"] and "cache.direct" in answer.json["reason"],
+         f"it should fail and name the drive: {answer}")
+    need(pair.source.qmp.status() == "running", f"the guest should run at the source: {answer}")
+    stayed(pair)
+    result = pair.migrate()
+    need(result["mode"] == "postcopy", f"the next attempt should go by postcopy: {result}")
+    pair.check_arrived()
+    pair.forget()
 
 
 def cancel_in(sandbox, number, mode):

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "daemon/memferryd/qemu/preflight.h"
 #include "daemon/memferryd/qemu/qemu.h"
 #include "lib/util.h"
 
@@ -28,6 +29,25 @@ static bool migrate_uri(struct vmm *vmm, json_t **out)
     vmm->phase = QEMU_MIGRATING; /* events may come before the answer */
     vmm->migrate_sent = true;
     return true;
+}
+
+/*
+ * A drive that was plugged in while memory was being copied: what it read into pages that were
+ * write-protected then was not seen. From `migrate` on QEMU itself lets nothing be plugged in.
+ */
+static int no_new_direct_drive(struct vmm *vmm, json_t *value, const char *error,
+                               struct mf_error *err)
+{
+    (void)error;
+    const char *drive = vmm->info.direct_io[0] ? NULL : preflight_direct_drive(value);
+    if (drive)
+        return mf_fail(err, EBUSY,
+                       "VM '%s' was given the drive %s, which bypasses the page cache "
+                       "(cache.direct=on), while its memory was being copied, and what such a "
+                       "drive reads into memory is not seen as written; migrate it again: it will "
+                       "go by postcopy alone",
+                       vmm->name, drive);
+    return STEP_NEXT;
 }
 
 static const struct qemu_step start_steps[] = {
@@ -47,6 +67,10 @@ static const struct qemu_step start_steps[] = {
      .what = "take the device connection",
      .arguments = common_fd_name,
      .with_fd = true},
+    {.command = "query-named-block-nodes",
+     .what = "list its drives",
+     .arguments = common_flat_nodes,
+     .done = no_new_direct_drive},
     {.command = "migrate", .what = "start sending its device state", .arguments = migrate_uri},
     {0},
 };

@@ -285,20 +285,28 @@ static int judge_devices(struct judge *j)
     return 0;
 }
 
+const char *preflight_direct_drive(const json_t *block_nodes)
+{
+    const json_t *node;
+    size_t at;
+    json_array_foreach(block_nodes, at, node)
+    {
+        const char *name = json_string_value(json_object_get(node, "node-name"));
+        if (json_is_true(json_object_get(json_object_get(node, "cache"), "direct")))
+            return name ? name : "?";
+    }
+    return NULL;
+}
+
 /* No refusal: vmm.h says what it means. */
 static int note_direct_io(struct judge *j)
 {
     json_t *node;
     size_t at;
-    j->info->direct_io[0] = '\0';
-    json_array_foreach(j->replies->block_nodes, at, node)
-    {
-        const char *name = json_string_value(json_object_get(node, "node-name"));
-        if (json_is_true(json_object_get(json_object_get(node, "cache"), "direct"))) {
-            snprintf(j->info->direct_io, sizeof(j->info->direct_io), "%s", name ? name : "?");
-            return 0;
-        }
-    }
+    const char *drive = preflight_direct_drive(j->replies->block_nodes);
+    snprintf(j->info->direct_io, sizeof(j->info->direct_io), "%s", drive ? drive : "");
+    if (drive)
+        return 0;
     /* These hand guest pages to the host's SCSI layer themselves. */
     static const char *const passing[] = {"scsi-block", "scsi-generic", "vhost-scsi"};
     json_array_foreach(j->replies->devices, at, node)

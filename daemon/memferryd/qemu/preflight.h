@@ -36,3 +36,7 @@ struct qemu_replies {
  */
 int preflight_judge(enum vmm_role role, const char *vm_name, const struct qemu_replies *replies,
                     struct vmm_info *info, struct mf_error *err);
+
+/** preflight_direct_drive() - the first drive of query-named-block-nodes' answer that bypasses the
+ * page cache (vmm_info.direct_io says what that means), or NULL. Valid as long as @block_nodes. */
+const char *preflight_direct_drive(const json_t *block_nodes);

@@ -145,13 +145,6 @@ static bool info_network(struct vmm *vmm, json_t **out)
     return true;
 }
 
-static bool flat_nodes(struct vmm *vmm, json_t **out)
-{
-    (void)vmm;
-    *out = json_pack("{s:b}", "flat", 1);
-    return true;
-}
-
 static const struct qemu_step probe_steps[] = {
     {.command = "query-status", .what = "tell its run state", .done = keep_status},
     {.command = "query-migrate", .what = "tell about migrations", .done = keep_migration},
@@ -187,7 +180,7 @@ static const struct qemu_step probe_steps[] = {
      .may_fail = true},
     {.command = "query-named-block-nodes",
      .what = "list its block nodes",
-     .arguments = flat_nodes,
+     .arguments = common_flat_nodes,
      .done = keep_block_nodes,
      .may_fail = true},
     {0},

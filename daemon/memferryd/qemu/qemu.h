@@ -150,6 +150,9 @@ int common_keep_parameters(struct vmm *vmm, json_t *value, const char *error, st
 bool common_apply_capabilities(struct vmm *vmm, json_t **out);
 bool common_apply_parameters(struct vmm *vmm, json_t **out);
 bool common_fd_name(struct vmm *vmm, json_t **out);
+/** common_flat_nodes() - arguments of query-named-block-nodes: without each node's backing chain.
+ */
+bool common_flat_nodes(struct vmm *vmm, json_t **out);
 /** common_until_accepted() - `done` of a step with may_fail: waits while QEMU refuses. For `cont`:
  * a peer that is just ending may still hold the disks' locks. */
 int common_until_accepted(struct vmm *vmm, json_t *value, const char *error, struct mf_error *err);
