@@ -41,18 +41,26 @@ int mf_choice_parse(const char *text, struct mf_choice *out, struct mf_error *er
     errno = 0;
     if (address && (strtoull(choice.what, &end, 16) == 0 || errno || *end))
         return mf_fail(err, EINVAL, "'%.80s' is not an address", choice.what);
-    if (!address && choice.what[0] != '/' && strncmp(choice.what, "memfd:", 6) != 0)
-        return mf_fail(
-            err, EINVAL,
-            "'%.80s' is neither an absolute path, nor memfd:NAME, nor an address (0x...)",
-            choice.what);
+    if (!address && choice.what[0] != '/' && strncmp(choice.what, "memfd:", 6) != 0 &&
+        !mf_choice_private(&choice))
+        return mf_fail(err, EINVAL,
+                       "'%.80s' is neither an absolute path, nor memfd:NAME, nor an address "
+                       "(0x...), nor private memory (anon:NAME, anon:START-END)",
+                       choice.what);
     *out = choice;
     return 0;
+}
+
+bool mf_choice_private(const struct mf_choice *choice)
+{
+    return strncmp(choice->what, MF_TARGET_ANON, strlen(MF_TARGET_ANON)) == 0;
 }
 
 static bool chooses(const struct mf_choice *choice, const struct mf_file *file,
                     const struct mf_vma *vmas, size_t vma_count)
 {
+    if (mf_choice_private(choice))
+        return false;
     if (choice->what[0] == '/')
         return strcmp(choice->what, file->path) == 0;
     if (strncmp(choice->what, "memfd:", 6) == 0)
@@ -239,6 +247,10 @@ static int judge(struct mf_file *files, size_t count, const struct mf_choice *ch
         for (unsigned j = 0; j < i; j++)
             if (strcmp(choices[i].name, choices[j].name) == 0)
                 return mf_fail(err, EINVAL, "--region %s is given twice", choices[i].name);
+        if (mf_choice_private(&choices[i])) {
+            regions++;
+            continue;
+        }
         for (size_t j = 0; j < count; j++) {
             if (!chooses(&choices[i], &files[j], vmas, vma_count))
                 continue;

@@ -43,7 +43,8 @@ struct mf_file {
 };
 
 /** struct mf_choice - a region as an operator names it (`--region NAME=WHAT`).
- * @what: a path as /proc/PID/maps has it, "memfd:NAME", or "0x…", an address inside of it. */
+ * @what: a path as /proc/PID/maps has it, "memfd:NAME", or "0x…", an address inside of it; private
+ * anonymous memory: "anon:NAME" or "anon:START-END", as mf_target_private() takes it. */
 struct mf_choice {
     char name[64];
     char what[512];
@@ -56,6 +57,10 @@ struct mf_choice {
  * Return: 0 or -EINVAL with a sentence.
  */
 int mf_choice_parse(const char *text, struct mf_choice *out, struct mf_error *err);
+
+/** mf_choice_private() - does it name private anonymous memory, which no file holds? The functions
+ * below that look for files leave such a choice to mf_target_private(). */
+bool mf_choice_private(const struct mf_choice *choice);
 
 /**
  * mf_files_of() - the files among @vmas, each once; `kind` and what follows it are not filled.

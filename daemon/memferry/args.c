@@ -488,6 +488,8 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
             return mf_fail(err, EINVAL, "'memferry %s' needs %s %s: memferry %s %s", verb->word,
                            options[i].word, options[i].value, verb->word, verb->usage);
     }
+    if (!verb->target && (given & CLI_OPTION_REGION) && !(given & CLI_OPTION_PID))
+        return mf_fail(err, EINVAL, "--region goes with --pid only");
     int rc = verb->target ? check_target(args, given, err) : 0;
     if (rc < 0)
         return rc;

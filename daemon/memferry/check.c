@@ -1,12 +1,16 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "daemon/memferry/verbs.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "daemon/memferry/show.h"
+#include "daemon/memferry/units.h"
 #include "lib/check.h"
+#include "lib/process.h"
+#include "lib/util.h"
 
 #define ROWS_MAX 64u
 
@@ -67,8 +71,119 @@ static void print(const struct mf_check *rows, size_t count, bool able)
              "sudo.");
 }
 
+/* ---- a process ---- */
+
+static const char *kind_word(enum mf_memory_kind kind)
+{
+    switch (kind) {
+    case MF_MEMORY_TMPFS:
+        return "tmpfs";
+    case MF_MEMORY_HUGETLB:
+        return "hugetlbfs";
+    case MF_MEMORY_PRIVATE:
+        return "private";
+    default:
+        return "other";
+    }
+}
+
+/* Private memory that is in use, of any kind, in bytes: RssAnon of /proc/PID/status, and what of it
+ * is swapped out. */
+static uint64_t private_bytes(pid_t pid)
+{
+    char path[64], line[128];
+    unsigned long long kib = 0, sum = 0;
+    snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
+    cleanup_fclose FILE *status = fopen(path, "re");
+    while (status && fgets(line, sizeof(line), status))
+        if (sscanf(line, "RssAnon: %llu kB", &kib) == 1 ||
+            sscanf(line, "VmSwap: %llu kB", &kib) == 1)
+            sum += kib;
+    return sum << 10;
+}
+
+static json_t *process_json(pid_t pid, const struct mf_file *files, size_t count,
+                            const char *direct, const char *reason)
+{
+    json_t *regions = json_array(), *left = json_array();
+    for (size_t i = 0; i < count; i++) {
+        const struct mf_file *f = &files[i];
+        if (f->verdict == MF_FILE_REGION)
+            json_array_append_new(
+                regions,
+                json_pack("{s:o, s:o, s:s, s:I, s:i}", "name", show_json_text(f->name), "path",
+                          show_json_text(f->path), "kind", kind_word(f->kind), "size_bytes",
+                          (json_int_t)f->size_bytes, "page_bytes", (int)f->page_bytes));
+        else if (f->shared)
+            json_array_append_new(left, json_pack("{s:o, s:o}", "path", show_json_text(f->path),
+                                                  "why", show_json_text(f->why)));
+    }
+    return json_pack("{s:i, s:b, s:o, s:o, s:o, s:I, s:o}", "pid", (int)pid, "able", !reason[0],
+                     "reason", show_json_text(reason), "regions", regions, "left", left,
+                     "private_bytes", (json_int_t)private_bytes(pid), "untracked",
+                     show_json_text(direct));
+}
+
+static void print_process(const struct cli_args *args, const struct mf_file *files, size_t count,
+                          const char *direct)
+{
+    const pid_t pid = (pid_t)args->process.pid;
+    puts("Migrated:");
+    for (unsigned i = 0; i < args->process.region_count; i++)
+        if (mf_choice_private(&args->process.region[i]))
+            printf("  %-20s %10s  private  %s\n", args->process.region[i].name, "",
+                   args->process.region[i].what);
+    for (size_t i = 0; i < count; i++)
+        if (files[i].verdict == MF_FILE_REGION)
+            printf("  %-20s %10s  %s  %s\n", files[i].name, show_bytes(files[i].size_bytes).text,
+                   kind_word(files[i].kind), files[i].path);
+    puts("Left to the program's own commands (--save, --load):");
+    printf("  private memory (heap, stacks, ...) of which %s is in use\n",
+           show_bytes(private_bytes(pid)).text);
+    for (size_t i = 0; i < count; i++)
+        if (files[i].verdict == MF_FILE_LEFT && files[i].shared)
+            printf("  %s: %s\n", files[i].path, files[i].why);
+    if (direct[0])
+        printf("It holds %s, and what is read through that into memory is not seen as written:\n"
+               "only --mode postcopy is possible.\n",
+               direct);
+}
+
+static int check_process(const struct cli_args *args)
+{
+    const pid_t pid = (pid_t)args->process.pid;
+    cleanup_free struct mf_file *files = NULL;
+    size_t count = 0;
+    char direct[192] = "";
+    struct mf_error err = {.text = ""};
+    int r = mf_process_files(pid, args->process.region, args->process.region_count, &files, &count,
+                             &err);
+    if (r == 0 && mf_target_vfio(pid) > 0)
+        r = mf_fail(&err, ENOTSUP,
+                    "process %d has a device passed through (VFIO or vDPA): its memory is pinned "
+                    "and written behind the host's back",
+                    (int)pid);
+    pid_t child = r == 0 ? mf_process_child(pid, files, count) : 0;
+    if (child > 0)
+        r = mf_fail(&err, EBUSY,
+                    "process %d has a child process (pid %d) that shares this memory; only one "
+                    "process can be migrated",
+                    (int)pid, (int)child);
+    if (r == 0 && mf_process_direct(pid, direct, sizeof(direct)) <= 0)
+        direct[0] = '\0';
+    if (args->json) {
+        int code = show_json(process_json(pid, files, count, direct, err.text));
+        return code ? code : r < 0 ? CLI_FAILED : CLI_DONE;
+    }
+    if (files)
+        print_process(args, files, count, direct);
+    return r < 0 ? verb_complain(CLI_FAILED, err.text) : CLI_DONE;
+}
+
 int verb_check(const struct cli_args *args)
 {
+    if (args->process.pid)
+        return check_process(args);
     static struct mf_check rows[ROWS_MAX];
     size_t count = mf_check_host(rows, ROWS_MAX);
     bool able = !mf_check_first_missing(rows, count);

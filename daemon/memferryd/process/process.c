@@ -234,7 +234,7 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
     info->state_s = vmm->timeout_ms / 1000;
     if (mf_process_direct(vmm->pid, info->direct_io, sizeof(info->direct_io)) <= 0)
         info->direct_io[0] = '\0';
-    info->backends = calloc(vmm->file_count ? vmm->file_count : 1, sizeof(*info->backends));
+    info->backends = calloc(vmm->file_count + vmm->choice_count + 1, sizeof(*info->backends));
     if (!info->backends)
         return mf_fail(err, ENOMEM, "out of memory");
     for (size_t i = 0; i < vmm->file_count; i++) {
@@ -247,6 +247,14 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
         backend->size_bytes = file->size_bytes;
         backend->device = file->device;
         backend->inode = file->inode;
+    }
+    for (unsigned i = 0; i < vmm->choice_count; i++) {
+        const struct mf_choice *choice = &vmm->choices[i];
+        if (!mf_choice_private(choice))
+            continue;
+        struct vmm_backend *backend = &info->backends[info->backend_count++];
+        memcpy(backend->id, choice->name, sizeof(backend->id));
+        snprintf(backend->path, sizeof(backend->path), "%s", choice->what);
     }
     return 0;
 }
