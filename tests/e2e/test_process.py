@@ -11,8 +11,9 @@ from common import FIELDS, MIGRATE_S, need
 from harness.artifacts import test_program
 from harness.host import Host, LeakCheck
 from harness.net import Network, enter_namespace
-from harness.sandbox import HarnessError, alive, run, wait_until
+from harness.sandbox import HarnessError, alive, children_of, run, wait_until
 from harness.testing import e2e
+from test_migrate import huge_pages
 
 AFTER_RELEASE = ("postcopy", "drained", "recovering", "done")
 
@@ -148,8 +149,8 @@ class Pair:
         """It works at a with every page right, and never did at b."""
         self.source.works()
         self.source.verify()
-        need("beats=0 " in self.destination.ask("status") or not alive(self.destination.pid),
-             "it worked at the destination")
+        need(not alive(self.destination.pid) or "beats=0 " in self.destination.ask("status"),
+             "it worked at the destination, or was told that half a state was whole")
 
     def fresh_destination(self):
         self.destination.kill()
@@ -204,3 +205,450 @@ def process_stopped_by_signal(sandbox):
     pair.check_arrived()
     need(beats, "it had worked")
     pair.forget()
+
+
+# ---- commands that fail, before RELEASE ----
+
+def returns(sandbox, expected, options=(), source=None, destination=None, program=()):
+    """A migration that fails: the program goes on at a, and the reason says `expected`. Then one that works."""
+    pair = Pair(sandbox, *program)
+    pair.receive(*(options if destination else ()), **(destination(pair) if destination else {}))
+    verb = pair.begin(*(options if source else ()), **(source(pair) if source else {}))
+    answer = pair.finish(verb, code=1)
+    need(re.search(expected, answer.json["reason"]), f"the reason should say {expected!r}: {answer}")
+    pair.check_stayed()
+    pair.b.wait_state(pair.name, ("failed", "cancelled", "waiting"), 40)
+    if pair.b.state(pair.name) == "waiting":
+        pair.b.expect(0, "cancel", pair.name)
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+SHORT = ("--timeout", "2")
+
+
+@e2e()
+def process_pause_fails(sandbox):
+    """With what the command said last; it may have got half-way, so resume is run."""
+    returns(sandbox, r"pause command of prog failed with exit status 3; it said: no way",
+            source=lambda pair: {"pause": f"{pair.source.command('pause')}; echo no way >&2; exit 3"})
+
+
+@e2e()
+def process_pause_hangs(sandbox):
+    returns(sandbox, r"pause command of prog did not end within 2 s", SHORT,
+            source=lambda pair: {"pause": f"{pair.source.command('pause')}; sleep 1000 & sleep 1000"})
+
+
+@e2e()
+def process_pause_is_killed(sandbox):
+    returns(sandbox, r"pause command of prog was killed by signal 9", source=lambda pair: {"pause": "kill -9 $$"})
+
+
+@e2e()
+def process_save_fails(sandbox):
+    """After a part of the state: the load command must not see its end."""
+    returns(sandbox, r"save command of prog failed with exit status 1",
+            source=lambda pair: {"save": f"{pair.source.command('save')} | head -c 1000; exit 1"})
+
+
+@e2e()
+def process_save_hangs(sandbox):
+    returns(sandbox, r"save command of prog did not end within 2 s", SHORT,
+            source=lambda pair: {"save": f"{pair.source.command('save')}; sleep 1000"})
+
+
+@e2e()
+def process_save_is_cut(sandbox):
+    """A state that is short by its own mistake: the program's load command notices, as it must."""
+    returns(sandbox, r"load command of prog failed with exit status 1; it said: ERROR",
+            source=lambda pair: {"save": f"{pair.source.command('save')} | head -c 1000"})
+
+
+@e2e()
+def process_load_fails(sandbox):
+    returns(sandbox, r"load command of prog failed with exit status 9; it said: cannot",
+            destination=lambda pair: {"load": "echo cannot; exit 9"})
+
+
+@e2e()
+def process_load_hangs(sandbox):
+    returns(sandbox, r"load command of prog did not end within 2 s", SHORT,
+            destination=lambda pair: {"load": "head -c 300 /dev/urandom; cat >/dev/null; sleep 1000"})
+
+
+@e2e()
+def process_load_reads_nothing(sandbox):
+    """It ends before its input does: what it did not want is dropped."""
+    pair = Pair(sandbox, "--shared-model", "--ops", "wvdmup")
+    pair.receive(load="true")
+    pair.finish(pair.begin(save="head -c 20000000 /dev/zero"))
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_resume_fails_at_source(sandbox):
+    """The way back is tried again: nobody else brings the program back."""
+    def source(pair):
+        tries = os.path.join(sandbox.path, "tries")
+        return {"save": "exit 1", "resume": f"echo >> {tries}; [ $(wc -l < {tries}) -ge 3 ] && "
+                                            f"{pair.source.command('resume')}"}
+    returns(sandbox, "save command of prog failed", source=source)
+
+
+@e2e()
+def process_resume_fails_at_destination(sandbox):
+    """After RELEASE there is no way back: it is tried until it works."""
+    pair = Pair(sandbox)
+    tries = os.path.join(sandbox.path, "tries")
+    pair.receive(resume=f"echo >> {tries}; [ $(wc -l < {tries}) -ge 3 ] && {pair.destination.command('resume')}")
+    pair.finish(pair.begin())
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_environment(sandbox):
+    """What commands are told, and what they are not: nothing of memferryd's own environment."""
+    pair = Pair(sandbox)
+    report = os.path.join(sandbox.path, "report")
+    note = f"(env | grep -v -e ^PWD= -e ^_= -e ^SHLVL= | sort; pwd; umask; ls /proc/self/fd) > {report}."
+    pair.receive(load=f"{note}load; {pair.destination.command('load')}",
+                 resume=f"{note}resume-b; {pair.destination.command('resume')}")
+    pair.finish(pair.begin(pause=f"{note}pause; {pair.source.command('pause')}",
+                           save=f"{note}save; {pair.source.command('save')}"))
+    for suffix, word, role, program in (("pause", "pause", "source", pair.source),
+                                        ("save", "save", "source", pair.source),
+                                        ("load", "load", "destination", pair.destination),
+                                        ("resume-b", "resume", "destination", pair.destination)):
+        with open(f"{report}.{suffix}", encoding="utf-8") as file:
+            said = file.read().split()
+        # ls has its own descriptor beside the standard ones.
+        need(said == ["LC_ALL=C.UTF-8", f"MEMFERRY_COMMAND={word}", f"MEMFERRY_PID={program.pid}",
+                      f"MEMFERRY_ROLE={role}", f"MEMFERRY_SESSION={pair.name}",
+                      "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                      "/", "0077", "0", "1", "2", "3"], f"{word} was told: {said}")
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_keep_source(sandbox):
+    """It stays, stopped."""
+    pair = Pair(sandbox)
+    pair.receive()
+    pair.finish(pair.begin("--keep-source"))
+    pair.destination.works()
+    pair.destination.verify()
+    need(pair.source.state() == "T", f"the source should be stopped, not {pair.source.state()}")
+    pair.forget()
+
+
+@e2e()
+def process_stopped_before(sandbox):
+    """A program that does not run arrives so."""
+    pair = Pair(sandbox, "--shared-model", "--ops", "wvdmup")
+    pair.source.ask("pause")
+    os.kill(pair.source.pid, signal.SIGSTOP)
+    pair.receive(load="cat")
+    refused = pair.a.memferry("migrate", pair.name, *pair.source_commands(), "--to", pair.b.address)
+    need(refused.code == 1 and "is stopped" in refused.err, f"a stopped process can't be paused: {refused}")
+    pair.finish(pair.begin(pause=None, save="true"))
+    need(pair.destination.state() == "T", "it should have arrived stopped")
+    os.kill(pair.destination.pid, signal.SIGCONT)
+    pair.destination.ask("resume")
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_waits_stopped(sandbox):
+    """The destination's process may wait by SIGSTOP: it is attached to all the same."""
+    pair = Pair(sandbox, "--shared-model", "--ops", "wvdmup")
+    os.kill(pair.destination.pid, signal.SIGSTOP)
+    wait_until(lambda: pair.destination.state() == "T", 5, "it stops")
+    pair.receive(load="cat")
+    need(pair.destination.state() == "T", "attaching should leave it stopped")
+    pair.finish(pair.begin(save="true"))
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_large_state(sandbox):
+    """More than any buffer on the way holds."""
+    pair = Pair(sandbox)
+    state = os.path.join(sandbox.path, "state")
+    run("sh", "-c", f"head -c 100000000 /dev/urandom > {state}")
+    pair.receive(load=f"tee {state}.arrived | tail -c +100000001 | {pair.destination.command('load')}")
+    pair.finish(pair.begin(save=f"cat {state}; {pair.source.command('save')}"))
+    run("cmp", "-n", "100000000", state, f"{state}.arrived")
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_hugetlbfs(sandbox):
+    huge_pages(sandbox, 64)
+    whole_way(sandbox, program=("--hugetlb", "--mib", "48", "--regions", "1", "--threads", "2", "--ops",
+                                "wwvvdm"))
+
+
+# ---- processes that die, links that break, orders to stop ----
+
+def children_named(host, name):
+    """Of host's memferryd, living."""
+    found = []
+    for pid in children_of(host.process.pid):
+        try:
+            with open(f"/proc/{pid}/comm", encoding="ascii") as comm:
+                if comm.read().strip() == name:
+                    found.append(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def daemon_killed(sandbox, *, pause=None, save=None, stops=False):
+    """
+    kill -9 of the source's memferryd while a command runs: the guard lets the program go on, and leaves.
+    Another memferryd then migrates it.
+    """
+    pair = Pair(sandbox, "--shared-model", "--ops", "wvdmup") if stops else Pair(sandbox)
+    mark = os.path.join(sandbox.path, "mark")
+    commands = {}
+    if pause:
+        commands["pause"] = f"{pair.source.command('pause')}; touch {mark}; sleep 1000"
+    if save:
+        commands["save"] = f"touch {mark}; sleep 1000"
+    if stops:
+        commands["pause"] = None
+    pair.receive()
+    verb = pair.begin(**commands)
+    wait_until(lambda: os.path.exists(mark), 20, "the command runs")
+    if stops:
+        need(pair.source.state() == "T", "it should be stopped")
+    guards = wait_until(lambda: children_named(pair.a, "memferry-guard"), 5, "there is a guard")
+    os.kill(pair.a.process.pid, signal.SIGKILL)
+    pair.a.process.wait()
+    need(verb.wait().code == 3, "the command line should say that memferryd is gone")
+    pair.check_stayed()
+    wait_until(lambda: not any(map(alive, guards)), 10, "the guard leaves")
+    need(run("pgrep", "-f", "sleep 1000", check=False).stdout == "", "a command was left behind")
+    pair.b.wait_state(pair.name, ("failed", "cancelled", "waiting"), 40)
+    pair.a.start()
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_kill_daemon_in_pause(sandbox):
+    daemon_killed(sandbox, pause=True)
+
+
+@e2e()
+def process_kill_daemon_in_save(sandbox):
+    daemon_killed(sandbox, save=True)
+
+
+@e2e()
+def process_kill_daemon_when_stopped(sandbox):
+    """Without a pause command: stopped by SIGSTOP, which nobody else would lift."""
+    daemon_killed(sandbox, save=True, stops=True)
+
+
+@e2e()
+def process_kill_destination_daemon(sandbox):
+    """While the state is loaded: the program goes on at the source, and the load command is no more."""
+    pair = Pair(sandbox)
+    mark = os.path.join(sandbox.path, "mark")
+    pair.receive(load=f"touch {mark}; sleep 1000")
+    verb = pair.begin()
+    wait_until(lambda: os.path.exists(mark), 20, "the load command runs")
+    os.kill(pair.b.process.pid, signal.SIGKILL)
+    pair.b.process.wait()
+    pair.finish(verb, code=1)
+    pair.check_stayed()
+    wait_until(lambda: run("pgrep", "-f", "sleep 1000", check=False).stdout == "", 10, "the load command ends")
+    pair.b.start()
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+def mover_killed_before_release(sandbox, side):
+    """Its sockets close; that must not look like the end of the state."""
+    pair = Pair(sandbox)
+    mark = os.path.join(sandbox.path, "mark")
+    eof = os.path.join(sandbox.path, "eof")
+    load = f"touch {mark}; cat >/dev/null; touch {eof}"
+    pair.receive(load=load)
+    verb = pair.begin(save="head -c 100000 /dev/zero; sleep 1000")
+    wait_until(lambda: os.path.exists(mark), 20, "the load command runs")
+    (pair.a if side == "source" else pair.b).kill_mover()
+    pair.finish(verb, code=1)
+    pair.check_stayed()
+    pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+    need(not os.path.exists(eof), "the load command was told that its input ended")
+    need(run("pgrep", "-f", "sleep 1000", check=False).stdout == "", "a command was left behind")
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_kill_source_mover_in_save(sandbox):
+    mover_killed_before_release(sandbox, "source")
+
+
+@e2e()
+def process_kill_destination_mover_in_load(sandbox):
+    mover_killed_before_release(sandbox, "destination")
+
+
+@e2e()
+def process_kill_movers_in_postcopy(sandbox):
+    """Both, several times, while the program works and changes its layout."""
+    pair = Pair(sandbox, "--mib", "64", mbit=200)
+    pair.receive()
+    verb = pair.begin("--mode", "postcopy")
+    for _ in range(4):
+        state = pair.b.wait_state(pair.name, AFTER_RELEASE)["state"]
+        if state == "done":
+            break
+        for host in (pair.a, pair.b):
+            found = host.movers()
+            if found:
+                os.kill(found[0], signal.SIGKILL)
+        time.sleep(0.7)
+    pair.network.limit(None)
+    pair.finish(verb)
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_target_dies(sandbox):
+    """The source's process in a round, then the destination's while it waits: each ends the session, by name."""
+    pair = Pair(sandbox)
+    pair.receive()
+    verb = pair.begin("--bandwidth", "2M")
+    pair.a.wait_state(pair.name, "precopy")
+    time.sleep(0.3)
+    pair.source.kill()
+    answer = pair.finish(verb, code=1)
+    need("process of prog" in answer.json["reason"], f"the reason: {answer}")
+    pair.b.wait_state(pair.name, ("failed", "cancelled", "waiting"), 40)
+    if pair.b.state(pair.name) == "waiting":
+        pair.b.expect(0, "cancel", pair.name)
+    pair.source = Program(pair.sandbox, pair.a, pair.name)
+    pair.fresh_destination()
+    pair.receive()
+    pair.destination.kill()
+    wait_until(lambda: pair.b.state(pair.name) == "failed", 10, "the session ends with its process")
+    need("process of prog" in pair.b.status(pair.name)["reason"], str(pair.b.status(pair.name)))
+    pair.forget()
+
+
+@e2e(limit_s=240)
+def process_cancel_at_random(sandbox):
+    """Time and again, until it was too late once: then it has arrived."""
+    pair = Pair(sandbox, mbit=800)
+    draw = random.Random(77)
+    for _ in range(12):
+        mode = draw.choice(("hybrid", "postcopy", "precopy"))
+        pair.receive()
+        verb = pair.begin("--mode", mode)
+        time.sleep(draw.uniform(0.0, 0.6))
+        host = draw.choice((pair.a, pair.b))
+        host.memferry("cancel", pair.name)
+        answer = verb.wait(60)
+        if answer.code == 0:
+            break
+        need(answer.code == 1, f"cancelled in mode {mode}: {answer}")
+        pair.source.works()
+        pair.b.wait_state(pair.name, ("failed", "cancelled", "waiting"), 40)
+        if pair.b.state(pair.name) == "waiting":
+            pair.b.expect(0, "cancel", pair.name)
+        pair.fresh_destination()
+    else:
+        pair.source.verify()
+        pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+# ---- refusals ----
+
+@e2e()
+def process_refusals(sandbox):
+    """By name, before anything is touched."""
+    pair = Pair(sandbox)
+
+    def refused(expected, *arguments, program=pair.source):
+        answer = pair.a.memferry("migrate", "other", "--pid", program.pid, "--save", "true", "--to",
+                                 pair.b.address, *arguments)
+        need(answer.code == 1 and re.search(expected, answer.err), f"should refuse with {expected!r}: {answer}")
+
+    refused("does not map memfd:nothing", "--region", "x=memfd:nothing")
+    refused("has no memory that can be migrated", program=type("P", (), {"pid": os.getpid()}))
+    gone = Program(sandbox, pair.a, "gone")
+    gone.kill()
+    refused("no process|is gone", program=gone)
+    # The two hosts must have the same regions.
+    pair.receive("--region", "heap0=memfd:heap0")
+    answer = pair.a.memferry("migrate", pair.name, *pair.source_commands(), "--to", pair.b.address)
+    need(answer.code == 1 and "1" in answer.err, f"one region there, two here: {answer}")
+    answer = pair.a.memferry("migrate", pair.name, *pair.source_commands(), "--region", "heap0=memfd:heap1", "--region",
+                             "heap1=memfd:heap0", "--to", pair.b.address)
+    need(answer.code == 1, f"still two here: {answer}")
+    pair.b.expect(0, "cancel", pair.name)
+    pair.check_stayed()
+    # One that is attached already.
+    pair.receive()
+    again = pair.b.memferry("receive", "other", *pair.destination_commands())
+    need(again.code == 1 and again.err.strip(), f"memory can have one userfaultfd: {again}")
+    pair.finish(pair.begin())
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
+def process_chosen_region(sandbox):
+    """One of two regions, named on each host; the other is none of memferry's business."""
+    pair = Pair(sandbox, "--regions", "1")
+    pair.receive("--region", "memory=memfd:heap0")
+    pair.finish(pair.begin("--region", f"memory={address_of(pair.source, '/memfd:heap0')}"))
+    pair.check_arrived()
+    pair.forget()
+
+
+def address_of(program, path):
+    """An address of a mapping, as an operator finds it."""
+    with open(f"/proc/{program.pid}/maps", encoding="utf-8") as maps:
+        for line in maps:
+            if path in line:
+                return "0x" + line.split("-")[0]
+    raise HarnessError(f"{program.name} does not map {path}")
+
+
+@e2e()
+def process_check(sandbox):
+    """`memferry check --pid` says what would be done."""
+    pair = Pair(sandbox)
+    answer = pair.a.expect(0, "check", "--pid", pair.source.pid, "--json").json
+    need(answer["able"] and {row["name"] for row in answer["regions"]} == {"heap0", "heap1"}, str(answer))
+    need(all(row["size_bytes"] == 16 << 20 and row["kind"] == "tmpfs" for row in answer["regions"]), str(answer))
+    need(answer["private_bytes"] > 0, str(answer))
+    plain = pair.a.expect(0, "check", "--pid", pair.source.pid).out
+    need("heap0" in plain and "private memory" in plain, plain)
+    answer = pair.a.expect(1, "check", "--pid", os.getpid(), "--json").json
+    need(not answer["able"] and answer["reason"], str(answer))
+    pair.check_stayed()

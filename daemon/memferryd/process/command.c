@@ -99,11 +99,32 @@ static void destroy(struct command *command)
     free(command);
 }
 
+/* It becomes part of sentences, and those of JSON. Return: the bytes of a character of UTF-8 at @at, 0
+ * if it is none. Overlong forms and the like are left to who displays them. */
+static size_t character(const char *at)
+{
+    const unsigned char first = (unsigned char)*at;
+    size_t length = first < 0x80                   ? 1
+                    : first >= 0xc2 && first < 0xe0 ? 2
+                    : first >= 0xe0 && first < 0xf0 ? 3
+                    : first >= 0xf0 && first < 0xf5 ? 4
+                                                    : 0;
+    for (size_t i = 1; i < length; i++)
+        if (((unsigned char)at[i] & 0xc0) != 0x80)
+            return 0;
+    return length;
+}
+
 static void end_line(struct command *command)
 {
     if (command->line_bytes == 0)
         return;
     command->line[command->line_bytes] = '\0';
+    for (size_t at = 0, length; command->line[at]; at += length ? length : 1) {
+        length = character(&command->line[at]);
+        if (!length)
+            command->line[at] = '?';
+    }
     command->line_bytes = 0;
     memcpy(command->last_line, command->line, sizeof(command->last_line));
     mf_log(MF_LOG_INFO, "%s: %s: %s", command->session, command->word, command->line);

@@ -150,10 +150,13 @@ static void close_device(struct vmm *vmm)
     vmm->device_fd = -1;
 }
 
-/* Nothing of what was begun goes on, except that a command has to end by its SIGKILL. The source's
+/* Nothing of what was begun goes on; a command is killed, and still has to end. The source's
  * device stream stays open, or else its end would be passed on as the end of the state. */
 static void drop_work(struct vmm *vmm)
 {
+    /* First, or else it would see its input end before it is killed. */
+    if (vmm->command)
+        command_kill(vmm->command);
     relay_free(vmm->relay);
     vmm->relay = NULL;
     if (vmm->role == VMM_DESTINATION)
@@ -163,8 +166,6 @@ static void drop_work(struct vmm *vmm)
 
 static void fail(struct vmm *vmm, const struct mf_error *err)
 {
-    if (vmm->command)
-        command_kill(vmm->command); /* its end is waited for by whatever comes next */
     drop_work(vmm);
     vmm->phase = FAILED;
     tell(vmm, VMM_FAILED, err->text);
@@ -725,9 +726,7 @@ static void process_return_guest(struct vmm *vmm)
     drop_work(vmm);
     vmm->phase = RETURNING;
     vmm->return_tries = 0;
-    if (vmm->command)
-        command_kill(vmm->command);
-    else
+    if (!vmm->command) /* else when it has ended */
         again_in(vmm, 0);
 }
 
