@@ -99,12 +99,12 @@ static void destroy(struct command *command)
     free(command);
 }
 
-/* It becomes part of sentences, and those of JSON. Return: the bytes of a character of UTF-8 at @at, 0
- * if it is none. Overlong forms and the like are left to who displays them. */
+/* It becomes part of sentences, and those of JSON. Return: the bytes of a character of UTF-8 at
+ * @at, 0 if it is none. Overlong forms and the like are left to who displays them. */
 static size_t character(const char *at)
 {
     const unsigned char first = (unsigned char)*at;
-    size_t length = first < 0x80                   ? 1
+    size_t length = first < 0x80                    ? 1
                     : first >= 0xc2 && first < 0xe0 ? 2
                     : first >= 0xe0 && first < 0xf0 ? 3
                     : first >= 0xf0 && first < 0xf5 ? 4
