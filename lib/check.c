@@ -357,6 +357,33 @@ static void check_map_files(struct mf_check *row, uint64_t unused)
             "memferryd with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE");
 }
 
+/** What memory of a process is read through where it is private; see proc_pid_mem(5). */
+static void check_protected(struct mf_check *row, uint64_t unused)
+{
+    (void)unused;
+    size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    cleanup_close int mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+    char *at = mmap(NULL, page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char byte = 0;
+    int code = errno;
+    if (mem >= 0 && at != MAP_FAILED) {
+        at[0] = 'p';
+        mprotect(at, page_bytes, PROT_NONE);
+        ssize_t length = pread(mem, &byte, 1, (off_t)(uintptr_t)at);
+        code = errno;
+        munmap(at, page_bytes);
+        if (length == 1 && byte == 'p') {
+            found(row, "readable");
+            return;
+        }
+    }
+    found(row, "not readable (%s)", strerror(code));
+    verdict(
+        row, MF_CHECK_LIMITED,
+        "processes whose private memory is partly protected (PROT_NONE) can't be sent from this "
+        "host: boot with proc_mem.force_override=always");
+}
+
 /* ------------------------------------------------------------------------------------ the mover */
 
 static void check_io_uring(struct mf_check *row, uint64_t unused)
@@ -502,6 +529,7 @@ static const struct check {
     {"attach", "attaching to a process (ptrace)", check_attach, false},
     {"attach-seccomp", "attaching under a seccomp filter", check_attach, true},
     {"map-files", "opening mapped files", check_map_files, 0},
+    {"protected-memory", "reading protected memory", check_protected, 0},
     {"io-uring", "io_uring", check_io_uring, 0},
     {"seccomp", "seccomp filters", check_seccomp, 0},
     {"shm-memory", "memory for guest RAM", check_shm, 0},

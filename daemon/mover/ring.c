@@ -23,7 +23,7 @@ int ring_open(struct io_uring *ring, unsigned entries)
     static const uint8_t allowed[] = {IORING_OP_NOP,     IORING_OP_SENDMSG,    IORING_OP_SEND,
                                       IORING_OP_RECV,    IORING_OP_POLL_ADD,   IORING_OP_READ,
                                       IORING_OP_TIMEOUT, IORING_OP_POLL_REMOVE};
-    struct io_uring_restriction rules[sizeof(allowed)];
+    struct io_uring_restriction rules[sizeof(allowed) + 1];
     int r = -EINVAL;
     for (unsigned i = 0; r == -EINVAL && i < sizeof(flags) / sizeof(flags[0]); i++)
         r = io_uring_queue_init(entries, ring, flags[i]);
@@ -34,7 +34,11 @@ int ring_open(struct io_uring *ring, unsigned entries)
         rules[i].opcode = IORING_RESTRICTION_SQE_OP;
         rules[i].sqe_op = allowed[i];
     }
-    r = ring_register(ring, IORING_REGISTER_RESTRICTIONS, rules, sizeof(allowed));
+    /* Newer kernels (seen on Linux 7.2) restrict registering, and with it pins, only where a rule
+     * speaks of it: so one harmless thing is allowed. */
+    rules[sizeof(allowed)].opcode = IORING_RESTRICTION_REGISTER_OP;
+    rules[sizeof(allowed)].register_op = IORING_REGISTER_PROBE;
+    r = ring_register(ring, IORING_REGISTER_RESTRICTIONS, rules, sizeof(allowed) + 1);
     if (r == 0)
         r = ring_register(ring, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
     if (r < 0)

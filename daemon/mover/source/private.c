@@ -35,8 +35,8 @@ int private_failed(struct mover *mover, uint32_t region, int error)
         link_fail(mover, "the memory %s of %s can't be read: %s%s", name, mover->name,
                   strerror(-error),
                   error == -EIO || error == -EFAULT
-                      ? " (a page that is broken, or protected memory and the kernel's "
-                        "proc_mem.force_override=never)"
+                      ? " (a page that is broken, or protected memory that this kernel lets only a "
+                        "tracer read: boot with proc_mem.force_override=always)"
                       : "");
     return error;
 }
