@@ -41,6 +41,11 @@ struct fact {
     {                                                                                              \
 #run, run, NULL, NULL, features                                                            \
     }
+/** FACT_FULL() - all of that. */
+#define FACT_FULL(run, setup, teardown, features)                                                  \
+    {                                                                                              \
+#run, run, setup, teardown, features                                                       \
+    }
 /* clang-format on */
 
 /** lacking() - end the running test as skipped; the format says what is needed, e.g. "guard pages

@@ -118,7 +118,8 @@ static void continue_across_the_end_is_enoent(void **state)
     area_free(&area);
 }
 
-static void continue_beyond_the_file_is_einval(void **state)
+/** With EFAULT on newer kernels, as on a hole: seen on Linux 7.2. */
+static void continue_beyond_the_file_is_refused(void **state)
 {
     (void)state;
     struct area area;
@@ -127,7 +128,8 @@ static void continue_beyond_the_file_is_einval(void **state)
     area_register(&area, BOTH_MODES);
     assert_int_equal(ftruncate(area.file, (off_t)(4 * area.page_bytes)), 0);
     put(&area, 0, 'a');
-    assert_int_equal(continue_pages(&area, 4, 1, &result), EINVAL);
+    int code = continue_pages(&area, 4, 1, &result);
+    assert_true(code == EINVAL || code == EFAULT);
     area_free(&area);
 }
 
@@ -243,17 +245,22 @@ static void continue_overwrites_poison(void **state)
 #define MADV_GUARD_INSTALL 102
 #endif
 
-static void continue_overwrites_a_guard(void **state)
+/** On newer kernels it stays, and the page counts as mapped: seen on Linux 7.2. */
+static void continue_on_a_guard_overwrites_it_or_is_eexist(void **state)
 {
     (void)state;
     struct area area;
+    int64_t result;
     area_make(&area, AREA_SHMEM, 2);
     area_register(&area, BOTH_MODES);
     if (madvise(area.guest, area.page_bytes, MADV_GUARD_INSTALL) != 0)
         lacking("guards in shared memory (Linux 6.15: %s)", strerror(errno));
     put(&area, 0, 'a');
-    assert_int_equal(continue_pages(&area, 0, 1, NULL), 0);
-    assert_int_equal(area.guest[0], 'a');
+    int code = continue_pages(&area, 0, 1, &result);
+    if (code == 0)
+        assert_int_equal(area.guest[0], 'a');
+    else
+        assert_int_equal(code, EEXIST);
     area_free(&area);
 }
 
@@ -338,12 +345,12 @@ int main(int argc, char **argv)
         FACT(continue_on_a_hole_is_efault),
         FACT(continue_outside_a_registration_is_enoent),
         FACT(continue_across_the_end_is_enoent),
-        FACT(continue_beyond_the_file_is_einval),
+        FACT(continue_beyond_the_file_is_refused),
         FACT(zeropage_on_shmem),
         FACT(registering_what_another_owns_is_ebusy),
         FACT(after_exit_fills_are_esrch),
         FACT_NEEDS(continue_overwrites_poison, UFFD_FEATURE_POISON),
-        FACT(continue_overwrites_a_guard),
+        FACT(continue_on_a_guard_overwrites_it_or_is_eexist),
         FACT(continue_of_a_private_mapping_is_read_only),
         FACT(private_memory_is_filled_by_copy_and_zeropage),
         FACT(registering_fewer_modes_changes_nothing),

@@ -174,6 +174,48 @@ static void growing_by_moving_tells_the_old_length(void **state)
     area_free(&area);
 }
 
+static long call_shrink_moving(struct actor *actor)
+{
+    return mremap(actor->at, actor->length_bytes, actor->length_bytes / 2,
+                  MREMAP_MAYMOVE | MREMAP_FIXED, actor->to) == actor->to
+               ? 0
+               : -1;
+}
+
+/** What REMAP says is therefore no length of what is mapped now: /proc/PID/maps knows. */
+static void shrinking_by_moving_tells_either_length(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    struct actor mover = {.act = ACT_CALL,
+                          .call = call_shrink_moving,
+                          .at = area.guest,
+                          .length_bytes = area.length_bytes,
+                          .to = reserve(area.length_bytes)};
+    actor_start(&mover);
+    size_t gone_bytes = 0;
+    for (bool remapped = false; !remapped || gone_bytes < area.length_bytes;) {
+        struct uffd_msg message = next_message(area.uffd);
+        if (message.event == UFFD_EVENT_REMAP) {
+            assert_true(message.arg.remap.from == (uintptr_t)area.guest);
+            assert_true(message.arg.remap.to == (uintptr_t)mover.to);
+            /* The new one (seen on 6.18 and 7.2), the old one (on 6.1 and 6.12). */
+            assert_true(message.arg.remap.len == area.length_bytes / 2 ||
+                        message.arg.remap.len == area.length_bytes);
+            remapped = true;
+        } else {
+            assert_int_equal(message.event, UFFD_EVENT_UNMAP);
+            gone_bytes += message.arg.remove.end - message.arg.remove.start;
+        }
+    }
+    actor_finish(&mover);
+    assert_int_equal(mover.rc, 0);
+    expect_watched(&area, area.uffd, mover.to, 0);
+    area_free(&area);
+}
+
 static long call_shrink(struct actor *actor)
 {
     return mremap(actor->at, actor->length_bytes, actor->length_bytes / 2, 0) == actor->at ? 0 : -1;
@@ -526,6 +568,7 @@ int main(int argc, char **argv)
         FACT(dontunmap_tells_remap_alone_and_both_stay_registered),
         FACT(growing_in_place_is_not_told_and_the_tail_is_watched),
         FACT(growing_by_moving_tells_the_old_length),
+        FACT(shrinking_by_moving_tells_either_length),
         FACT(shrinking_tells_an_unmap),
         FACT(mapping_over_tells_an_unmap),
         FACT(a_shrinking_heap_tells_an_unmap),

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What memferry relies on, on the kernels of other Debian releases: the tests of tests/kernel run in guests,
+and what a kernel lacks must be skipped by name and said by `memferry check`.
+"""
+import json
+import os
+import re
+
+from common import need
+from harness.artifacts import build_root, program
+from harness.kernels import ProgramGuest, kernel_of_release
+from harness.testing import e2e
+
+# As in tests/kernel/meson.build.
+TESTS = ("events", "faults", "files", "fill", "layout", "observe", "pins", "private", "process", "refusals",
+         "writes")
+ON_HUGE_PAGES = ("faults", "writes")
+# Kernel in which it arrived: facts that are skipped before, as doc/kernel.md says.
+SINCE = {
+    "continue_overwrites_poison": (6, 6),
+    "stores_to_private_memory_are_seen": (6, 7),
+    "a_guard_is_not_told": (6, 15),
+    "continue_on_a_guard_overwrites_it_or_is_eexist": (6, 15),
+}
+# Whole programs.
+PROGRAMS_SINCE = {"writes": (6, 7), "writes-hugetlb": (6, 7)}
+# Debian's kernel lets only a tracer read protected memory from then on.
+PROTECTED_UNTIL = {"protected_memory_can_be_read": (7, 0)}
+
+
+def kernel_program(name):
+    """Path of a program of tests/kernel, or None if this build has none of that name."""
+    path = os.path.join(build_root(), "tests", "kernel", name)
+    return path if os.path.exists(path) else None
+
+
+def may_be_skipped(version, name, fact):
+    """Does this kernel lack what the fact is about?"""
+    return (version < SINCE.get(fact, (0, 0)) or version < PROGRAMS_SINCE.get(name, (0, 0))
+            or version >= PROTECTED_UNTIL.get(fact, (1000, 0)))
+
+
+def check_facts(kernel, name, code, lines):
+    """Nothing failed, nothing is skipped that the kernel should have, something was done."""
+    version = kernel.version()
+    whole = version < PROGRAMS_SINCE.get(name, (0, 0))
+    text = "\n".join(lines)
+    need(code == (77 if whole else 0) and not re.search("^FAIL", text, re.M),
+         f"Linux {kernel.release} does otherwise than doc/kernel.md says, {name}: {text[-3000:]}")
+    for fact, lacking in re.findall(r"^SKIP (\w+): (needs .*)", text, re.M):
+        need(may_be_skipped(version, name, fact),
+             f"on Linux {kernel.release} {fact} should not be skipped: {lacking}")
+    need(whole or re.search("^PASS", text, re.M), f"{name} has tested nothing: {text}")
+
+
+def check_report(kernel, report, wanted):
+    """`memferry check --json` in the guest: able, and each named row in the state named."""
+    need(report["able"], f"Linux {kernel.release} should be able to run memferry: {report}")
+    for row, (state, words) in wanted.items():
+        found = report["checks"][row]
+        need(found["state"] == state and re.search(words, found["remedy"]),
+             f"`memferry check` on Linux {kernel.release}, {row}: {found}, expected {state} and {words}")
+
+
+def tests_on(sandbox, codename, at_least):
+    """Run everything on that release's kernel."""
+    kernel = kernel_of_release(codename)
+    version = kernel.version()
+    need(version >= at_least, f"{codename} has Linux {kernel.release}")
+    guest = ProgramGuest(sandbox, kernel)
+    for name in TESTS:
+        path = kernel_program(f"test_{name}")
+        if not path:
+            continue
+        inside = guest.add_program(path)
+        guest.run(name, inside)
+        if name in ON_HUGE_PAGES:
+            guest.run(f"{name}-hugetlb", inside, "hugetlb")
+    guest.run("inject", guest.add_program(kernel_program("test_inject")),
+              guest.add_program(kernel_program("victim")))
+    guest.run("check", guest.add_program(program("memferry")), "check", "--json")
+    results = guest.boot(limit_s=400)
+    for name, (code, lines) in results.items():
+        if name == "check":
+            continue
+        if name == "inject":
+            need(code == 0, f"attaching on Linux {kernel.release}: " + "\n".join(lines)[-3000:])
+            continue
+        check_facts(kernel, name, code, lines)
+        print(f"Linux {kernel.release}, {name}: {lines[-1]}")
+    need("check" in results and len(results) > len(TESTS), f"not all was run: {list(results)}")
+    report = json.loads("\n".join(results["check"][1]))
+    fallback = ("ok", "") if version >= (6, 7) else ("limited", "hybrid becomes postcopy here.*Linux 6.7")
+    check_report(kernel, report, {"userfaultfd-wp-async": fallback, "pagemap-scan": fallback,
+                                  "userfaultfd-minor-shmem": ("ok", "")})
+    return report
+
+
+@e2e(limit_s=900)
+def kernel_bookworm(sandbox):
+    """Linux 6.1: no tracking of writes, hence no rounds, and check says so."""
+    tests_on(sandbox, "bookworm", (6, 1))
+
+
+@e2e(limit_s=900)
+def kernel_trixie(sandbox):
+    """Linux 6.12."""
+    tests_on(sandbox, "trixie", (6, 12))
+
+
+@e2e(limit_s=900)
+def kernel_sid(sandbox):
+    """The newest kernel that Debian has."""
+    tests_on(sandbox, "sid", (6, 12))
