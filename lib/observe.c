@@ -101,21 +101,37 @@ static bool same_call(const struct mf_blocked *a, const struct mf_blocked *b)
     return a->number == b->number && memcmp(a->args, b->args, sizeof(a->args)) == 0;
 }
 
-enum sight { SEEN_RUNNING, SEEN_WAITING, SEEN_ELSEWHERE };
+enum sight {
+    SEEN_RUNNING,
+    SEEN_WAITING,
+    SEEN_ELSEWHERE,
+    SEEN_WOKEN, /**< inside the wait, but not asleep: it goes on, or to sleep again */
+};
+
+/** was_woken() - is a thread that can run still inside the wait? While it waits for a CPU its stack
+ * shows so (proc_pid_stack(5), for which CAP_SYS_ADMIN is needed; without it: no). */
+static bool was_woken(int proc_fd, pid_t tid)
+{
+    char stack[2048];
+    return read_text(proc_fd, tid, "stack", stack, sizeof(stack)) > 0 &&
+           strstr(stack, "userfaultfd_");
+}
 
 /** look_at() - one thread. Return: an enum sight, @out filled if it waits, or -errno. */
 static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
 {
     int rc = read_call(proc_fd, tid, out);
-    if (rc <= 0)
-        return rc == 0 ? SEEN_RUNNING : rc == -EAGAIN ? SEEN_ELSEWHERE : rc;
+    if (rc == 0)
+        return was_woken(proc_fd, tid) ? SEEN_WOKEN : SEEN_RUNNING;
+    if (rc < 0)
+        return rc == -EAGAIN ? SEEN_ELSEWHERE : rc;
     enum waits waits = waits_for_reader(proc_fd, tid);
     if (waits == WAITS_PERHAPS) {
         /* No name is also what a thread shows that has begun to run meanwhile. */
         struct mf_blocked again;
         rc = read_call(proc_fd, tid, &again);
         if (rc <= 0 || !same_call(out, &again))
-            return rc < 0 && rc != -EAGAIN ? rc : SEEN_RUNNING;
+            return rc < 0 && rc != -EAGAIN ? rc : SEEN_WOKEN;
     }
     if (waits == WAITS_NOT || (waits == WAITS_PERHAPS && !mf_blocked_relevant(out->number)))
         return SEEN_ELSEWHERE;
@@ -126,9 +142,11 @@ static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
     return SEEN_WAITING;
 }
 
-/** look() - at all threads once. Return: how many wait (at most @max were written), or -errno. */
-static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max)
+/** look() - at all threads once. @woken: how many are about to wait again, or to go on. Return: how
+ * many wait (at most @max were written), or -errno. */
+static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max, size_t *woken)
 {
+    *woken = 0;
     int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (task < 0)
         return errno == ENOENT ? -ESRCH : -errno;
@@ -148,6 +166,7 @@ static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max)
             continue; /* it has ended */
         if (rc < 0)
             return rc;
+        *woken += rc == SEEN_WOKEN;
         if (rc != SEEN_WAITING)
             continue;
         if (count < max)
@@ -155,6 +174,26 @@ static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max)
         count++;
     }
     return (ssize_t)count;
+}
+
+#define SETTLE_LIMIT_NS 50000000u /**< a thread that has to go on may have to wait for a CPU */
+#define SPURIOUS_RUN_NS 200000u   /**< more than it takes to look and sleep again */
+
+/** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
+ * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
+ */
+static ssize_t look_settled(int proc_fd, struct mf_blocked *blocked, size_t max)
+{
+    uint64_t start_ns = mf_now_ns();
+    long pause_ns = 5000;
+    for (;;) {
+        size_t woken;
+        ssize_t count = look(proc_fd, blocked, max, &woken);
+        if (count < 0 || woken == 0 || mf_now_ns() - start_ns > SETTLE_LIMIT_NS)
+            return count;
+        nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
+        pause_ns = pause_ns < 1000000 ? pause_ns * 2 : pause_ns;
+    }
 }
 
 /** struct seen - a wait of the first look. */
@@ -169,14 +208,14 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
     if (max > MF_OBSERVE_MAX)
         max = MF_OBSERVE_MAX;
     *out = (struct mf_observation){.complete = true};
-    ssize_t first = look(proc_fd, blocked, max);
+    ssize_t first = look_settled(proc_fd, blocked, max);
     if (first <= 0)
         return (int)first;
     size_t before_count = (size_t)first < max ? (size_t)first : max;
     for (size_t i = 0; i < before_count; i++)
         before[i] = (struct seen){.tid = blocked[i].tid, .switches = blocked[i].switches};
 
-    ssize_t second = look(proc_fd, blocked, max);
+    ssize_t second = look_settled(proc_fd, blocked, max);
     if (second < 0)
         return (int)second;
     out->complete = (size_t)first <= max && (size_t)second <= max;
@@ -190,9 +229,6 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
     }
     return 0;
 }
-
-#define SETTLE_LIMIT_NS 50000000u /**< a thread that has to go on may have to wait for a CPU */
-#define SPURIOUS_RUN_NS 200000u   /**< more than it takes to look and sleep again */
 
 /**
  * has_gone_on() - is it this one's message that was read?
@@ -211,6 +247,8 @@ static int has_gone_on(int proc_fd, const struct mf_blocked *before)
             return 1;
         return now.switches != before->switches ? 0 : -1;
     }
+    if (rc == SEEN_WOKEN)
+        return -1;
     /* Running: to look and sleep again, or on and on? */
     return runs_of(proc_fd, before->tid).run_ns > before->run_ns + SPURIOUS_RUN_NS ? 1 : -1;
 }

@@ -8,6 +8,7 @@ import test_faults  # noqa: F401
 import test_kernels  # noqa: F401
 import test_memory  # noqa: F401
 import test_migrate  # noqa: F401
+import test_monitor  # noqa: F401
 import test_precopy  # noqa: F401
 import test_preflight  # noqa: F401
 import test_process  # noqa: F401

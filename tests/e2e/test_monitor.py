@@ -1,0 +1,707 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""memferry monitor: what it tells of a process that changes its layout exactly as it is told."""
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+from common import need
+from harness.artifacts import program, test_program
+from harness.sandbox import HarnessError, Skip, run, wait_until
+from harness.testing import e2e
+
+PAGE = 4096
+GIB = 1 << 30
+LIMIT_S = 60  # for anything to happen on a busy machine
+
+# System calls of x86-64 and their constants.
+MMAP, MUNMAP, BRK, MREMAP, MADVISE, SHMGET, SHMAT, SHMDT = 9, 11, 12, 25, 28, 29, 30, 67
+FTRUNCATE, FALLOCATE, MEMFD_CREATE, EXIT_GROUP, EXECVE, KILL, VFORK = 77, 285, 319, 231, 59, 62, 58
+PIDFD_OPEN, PROCESS_MADVISE, WAIT4, CLOSE = 434, 440, 61, 3
+PROT_RW, SHARED, PRIVATE, FIXED, ANONYMOUS, NORESERVE = 3, 1, 2, 0x10, 0x20, 0x4000
+MAYMOVE, MREMAP_FIXED, DONTUNMAP = 1, 2, 4
+DONTNEED, REMOVE, FREE, DONTNEED_LOCKED = 4, 9, 8, 24
+KEYS = ["time_us", "pid", "tid", "event", "start", "end", "to", "reason"]
+WORDS = {"unmap", "remap", "remove", "fork", "exit", "exec"}
+REASONS = {"munmap", "mremap", "mmap-over", "dontneed", "remove", "fork", "truncate", "punch", "exit", "exec",
+           "unknown"}
+AREA = 0x200000000000  # far from where the kernel puts anything by itself
+
+
+class Obedient:
+    """A process (or a child it forked) that does what it is told, thread by thread."""
+
+    def __init__(self, to_it, from_it):
+        self.to_it, self.from_it = to_it, from_it
+        self.tids, self.early, self.pid = {}, {}, 0
+
+    def tell(self, thread, *words):
+        os.write(self.to_it, (" ".join(map(str, (thread, *words))) + "\n").encode())
+
+    def _line(self):
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(self.from_it, 1)
+            if not byte:
+                raise HarnessError("the victim has ended")
+            line += byte
+        return list(map(int, line.split()))
+
+    def answer(self, thread):
+        """The next result of a thread."""
+        while not self.early.get(thread):
+            who, tid, result = self._line()
+            self.tids[who] = tid
+            self.early.setdefault(who, []).append(result)
+        return self.early[thread].pop(0)
+
+    def call(self, thread, number, *args, check=True):
+        """One system call; its result."""
+        self.tell(thread, "call", 1, number, *args)
+        result = self.answer(thread)
+        if check and -4096 < result < 0:
+            raise HarnessError(f"system call {number}{args} of the victim failed: {os.strerror(-result)}")
+        return result
+
+    def map(self, addr, length, flags=PRIVATE | ANONYMOUS | NORESERVE, fd=-1, offset=0):
+        """Map something where nothing is."""
+        need(self.call(0, MMAP, addr, length, PROT_RW, flags | FIXED, fd & (2**64 - 1), offset) == addr,
+             "the victim's mapping is elsewhere")
+        return addr
+
+    def write(self, addr, data):
+        """Into its memory, which has to be there."""
+        with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(addr)
+            memory.write(data)
+
+    def memory_file(self, length, flags=0):
+        """A memfd; its number in the victim."""
+        scratch = AREA - GIB
+        self.map(scratch, PAGE)
+        fd = self.call(0, MEMFD_CREATE, scratch, flags)  # its name is empty
+        self.call(0, MUNMAP, scratch, PAGE)
+        self.call(0, FTRUNCATE, fd, length)
+        return fd
+
+
+class Victim(Obedient):
+    """layout-victim, with pipes for children."""
+    CHILDREN = 4
+
+    def __init__(self, sandbox):
+        there, to_it = os.pipe()
+        from_it, back = os.pipe()
+        self.child_pipes = [(*os.pipe(), *os.pipe()) for _ in range(self.CHILDREN)]
+        kept = [fd for each in self.child_pipes for fd in (each[0], each[3])]
+        self.process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", test_program("layout-victim")], stdin=there, stdout=back,
+            pass_fds=kept)
+        sandbox.processes.append(self.process)
+        os.close(there)
+        os.close(back)
+        sandbox.on_exit(self.close)
+        self.open_fds = [to_it, from_it, *(fd for each in self.child_pipes for fd in each)]
+        super().__init__(to_it, from_it)
+        self.pid = self.process.pid
+        for thread in range(16):  # all are there
+            self.call(thread, 39)
+
+    def close(self):
+        for fd in self.open_fds:
+            os.close(fd)
+        self.open_fds = []
+
+
+class Monitor:
+    """memferry monitor PID --json."""
+
+    def __init__(self, sandbox, pid, *options, wrap=()):
+        self.log = os.path.join(sandbox.path, f"monitor-{pid}-{len(sandbox.processes)}.log")
+        self.process = sandbox.spawn([*wrap, program("memferry"), "monitor", str(pid), *(options or ("--json",))],
+                                     self.log)
+        self.seen = 0
+        wait_until(lambda: "watching" in self.text() or self.process.poll() is not None, LIMIT_S,
+                   "the monitor attaches")
+        need(self.process.poll() is None, f"the monitor has ended: {self.text()}")
+
+    def text(self):
+        with open(self.log, encoding="utf-8") as log:
+            return log.read()
+
+    def events(self):
+        """All that have been printed; each line is looked at."""
+        found = []
+        for line in self.text().splitlines():
+            if not line.startswith("{"):
+                need(line.startswith("memferry: "), f"a line that is neither event nor notice: {line!r}")
+                continue
+            event = json.loads(line)
+            keys = KEYS + ["child"] if event["event"] == "fork" else KEYS
+            need(list(event) == keys, f"the fields are {list(event)}")
+            need(event["event"] in WORDS and event["reason"] in REASONS, f"odd words: {event}")
+            need(all(isinstance(event[key], int) and event[key] >= 0 for key in keys
+                     if key not in ("event", "reason")), f"numbers: {event}")
+            if found:
+                need(event["time_us"] >= found[-1]["time_us"], "time goes back")
+            found.append(event)
+        return found
+
+    def next(self, count):
+        """The next `count` events, when they are there."""
+        wait_until(lambda: len(self.events()) >= self.seen + count or self.process.poll() is not None, LIMIT_S,
+                   f"{count} more events after {self.seen}")
+        events = self.events()[self.seen:self.seen + count]
+        need(len(events) == count, f"{count} events were to come, only these did: {events}")
+        self.seen += count
+        return events
+
+    def expect(self, *wanted):
+        """Exactly these are next: (pid, tid, event, start, end, to, reason)."""
+        got = [tuple(event[key] for key in KEYS[1:]) for event in self.next(len(wanted))]
+        need(got == list(wanted), "wanted\n  " + "\n  ".join(map(str, wanted)) + "\ngot\n  " +
+             "\n  ".join(map(str, got)))
+
+    def nothing_more(self):
+        time.sleep(0.3)
+        more = self.events()[self.seen:]
+        need(not more, f"more than was done: {more}")
+
+    def stop(self, number=signal.SIGINT):
+        self.process.send_signal(number)
+        need(self.process.wait(LIMIT_S) == 0, f"the monitor left with {self.process.returncode}: {self.text()}")
+
+    def ends(self):
+        """It ends by itself, and well."""
+        need(self.process.wait(LIMIT_S) == 0, f"the monitor left with {self.process.returncode}: {self.text()}")
+
+
+def layout(pid):
+    """What could show that somebody was there: mappings, their flags, descriptors, threads."""
+    with open(f"/proc/{pid}/smaps", encoding="ascii", errors="replace") as smaps:
+        lines = [line for line in smaps
+                 if re.match(r"[0-9a-f]+-[0-9a-f]+ |VmFlags:", line)]
+    fds = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+        signals = [line for line in status if line.startswith(("Sig", "Shd", "Threads", "State", "Tracer"))]
+    return lines, fds, [line for line in signals if not line.startswith("State")]
+
+
+def raw(pid, tid, event, start, end, reason, to=0):
+    """An event as Monitor.expect() compares it."""
+    return pid, tid, event, start, end, to, reason
+
+
+@e2e()
+def monitor_each_call(sandbox):
+    """Every call that changes the layout, by three threads in turns; ranges of up to 5 GiB."""
+    victim = Victim(sandbox)
+    pid, size = victim.pid, 16 * PAGE
+    for area in range(8):
+        victim.map(AREA + area * GIB, size)
+    big = victim.map(AREA + 64 * GIB, 24 * GIB)
+    fd = victim.memory_file(size)
+    shared = victim.map(AREA + 8 * GIB, size, SHARED, fd)
+    monitor = Monitor(sandbox, pid)
+    for thread in (0, 1, 2):
+        tid = victim.tids[thread]
+        at = AREA + thread * 4 * PAGE
+
+        victim.call(thread, MUNMAP, at, PAGE + 1)
+        monitor.expect(raw(pid, tid, "unmap", at, at + 2 * PAGE, "munmap"))
+        part = big + thread * 5 * GIB
+        victim.call(thread, MADVISE, part, 5 * GIB, DONTNEED)
+        victim.call(thread, MUNMAP, part, 5 * GIB)
+        monitor.expect(raw(pid, tid, "remove", part, part + 5 * GIB, "dontneed"),
+                       raw(pid, tid, "unmap", part, part + 5 * GIB, "munmap"))
+        at += GIB
+        victim.call(thread, MMAP, at, 2 * PAGE, PROT_RW, PRIVATE | ANONYMOUS | FIXED, 2**64 - 1, 0)
+        monitor.expect(raw(pid, tid, "unmap", at, at + 2 * PAGE, "mmap-over"))
+        at += GIB  # shrunk
+        victim.call(thread, MREMAP, at, 3 * PAGE, PAGE, 0)
+        monitor.expect(raw(pid, tid, "unmap", at + PAGE, at + 3 * PAGE, "mremap"))
+        at += GIB  # moved, onto what is mapped there
+        to = at + GIB
+        victim.call(thread, MREMAP, at, 2 * PAGE, 2 * PAGE, MAYMOVE | MREMAP_FIXED, to)
+        monitor.expect(raw(pid, tid, "unmap", to, to + 2 * PAGE, "mremap"),
+                       raw(pid, tid, "remap", at, at + 2 * PAGE, "mremap", to),
+                       raw(pid, tid, "unmap", at, at + 2 * PAGE, "mremap"))
+        # Grown by moving, with the place the kernel's choice.
+        new = victim.call(thread, MREMAP, to, 2 * PAGE, 2 * GIB, MAYMOVE)
+        monitor.expect(raw(pid, tid, "remap", to, to + 2 * PAGE, "mremap", new),
+                       raw(pid, tid, "unmap", to, to + 2 * PAGE, "mremap"))
+        # What it has grown by is watched as well, by inheritance.
+        victim.call(thread, MUNMAP, new + GIB, GIB)
+        victim.call(thread, MUNMAP, new, GIB)
+        monitor.expect(raw(pid, tid, "unmap", new + GIB, new + 2 * GIB, "munmap"),
+                       raw(pid, tid, "unmap", new, new + GIB, "munmap"))
+        at += 2 * GIB  # left behind
+        new = victim.call(thread, MREMAP, at, PAGE, PAGE, MAYMOVE | DONTUNMAP, 0)
+        victim.call(thread, MUNMAP, new, PAGE)
+        monitor.expect(raw(pid, tid, "remap", at, at + PAGE, "mremap", new),
+                       raw(pid, tid, "unmap", new, new + PAGE, "munmap"))
+        at += GIB
+        for advice in (DONTNEED, DONTNEED_LOCKED, FREE):
+            victim.call(thread, MADVISE, at, PAGE + 5, advice)
+            monitor.expect(raw(pid, tid, "remove", at, at + 2 * PAGE, "dontneed"))
+        at = shared + thread * 4 * PAGE
+        victim.call(thread, MADVISE, at, PAGE, DONTNEED)
+        victim.call(thread, MADVISE, at, 3 * PAGE, REMOVE)
+        monitor.expect(raw(pid, tid, "remove", at, at + PAGE, "dontneed"),
+                       raw(pid, tid, "remove", at, at + 3 * PAGE, "remove"))
+        # The same shared memory once more.
+        new = victim.call(thread, MREMAP, shared, 0, PAGE, MAYMOVE)
+        monitor.expect(raw(pid, tid, "remap", shared, shared, "mremap", new))
+    # A change over several mappings, of which some are not watched: told for each that is.
+    at = AREA + 6 * GIB
+    victim.map(at + size, size)
+    victim.map(at + 3 * size, size)
+    victim.call(3, MUNMAP, at - PAGE, 8 * size)
+    monitor.expect(raw(pid, victim.tids[3], "unmap", at - PAGE, at - PAGE + 8 * size, "munmap"))
+    monitor.nothing_more()
+    monitor.stop()
+
+
+@e2e()
+def monitor_heap(sandbox):
+    """brk, up and down."""
+    victim = Victim(sandbox)
+    end = victim.call(0, BRK, 0)
+    start = (end + PAGE - 1) & -PAGE
+    victim.call(0, BRK, start + 8 * PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    victim.call(1, BRK, start + PAGE + 1)
+    monitor.expect(raw(victim.pid, victim.tids[1], "unmap", start + 2 * PAGE, start + 8 * PAGE, "munmap"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_threads_at_once(sandbox):
+    """Eight threads, 2000 events each, at the same time: all told, each in its order and to its thread."""
+    victim = Victim(sandbox)
+    length, rounds, threads = 4 * PAGE, 400, range(8)
+    for thread in threads:
+        victim.map(AREA + thread * GIB, length)
+    monitor = Monitor(sandbox, victim.pid)
+    for thread in threads:
+        at = AREA + thread * GIB
+        victim.tell(thread, "spin", rounds, at, length, at + GIB // 2)
+    for thread in threads:
+        need(victim.answer(thread) == 0, "the victim's calls fail")
+    events = monitor.next(len(threads) * rounds * 5)
+    monitor.nothing_more()
+    for thread in threads:
+        a, b = AREA + thread * GIB, AREA + thread * GIB + GIB // 2
+        wanted = [("remove", a, 0, "dontneed"), ("remap", a, b, "mremap"), ("unmap", a, 0, "mremap"),
+                  ("remap", b, a, "mremap"), ("unmap", b, 0, "mremap")] * rounds
+        got = [(event["event"], event["start"], event["to"], event["reason"]) for event in events
+               if event["tid"] == victim.tids[thread]]
+        need(got == wanted, f"thread {thread}: {len(got)} events, {len(wanted)} were to come; "
+             f"{sum(not event['tid'] for event in events)} are nobody's")
+    monitor.stop()
+
+
+@e2e()
+def monitor_same_call(sandbox):
+    """Threads that make equal calls, and calls that differ in the advice only, at the same time."""
+    victim = Victim(sandbox)
+    fd = victim.memory_file(PAGE)
+    victim.map(AREA, PAGE, SHARED, fd)
+    monitor = Monitor(sandbox, victim.pid)
+    rounds = 300
+    for thread in range(4):
+        victim.tell(thread, "call", rounds, MADVISE, AREA, PAGE, REMOVE if thread == 3 else DONTNEED)
+    for thread in range(4):
+        need(victim.answer(thread) == 0, "the victim's calls fail")
+    events = monitor.next(4 * rounds)
+    monitor.nothing_more()
+    # Whose message was which can't always be told; then nothing is claimed.
+    wrong = [event for event in events if event["tid"] and event["reason"] !=
+             ("remove" if event["tid"] == victim.tids[3] else "dontneed")]
+    need(not wrong, f"said with certainty, and wrong: {wrong[:3]}")
+    told = {reason: sum(event["reason"] == reason for event in events) for reason in REASONS}
+    need(told["remove"] <= rounds and told["dontneed"] <= 3 * rounds, f"more than were made: {told}")
+    need(told["remove"] + told["dontneed"] + told["unknown"] == 4 * rounds, f"other reasons: {told}")
+    print(f"  of {4 * rounds}: {told['remove']} remove, {told['dontneed']} dontneed, {told['unknown']} unknown")
+    monitor.stop()
+
+
+def child_of(victim, parent, thread, pipes, monitor):
+    """Fork from a thread of `parent`; the child, and its number as the monitor tells it."""
+    child_in, to_it, from_it, child_out = pipes
+    parent.tell(thread, "fork", child_in, child_out)
+    pid = parent.answer(thread)
+    child = Obedient(to_it, from_it)
+    child.pid = pid
+    event = monitor.next(1)[0]
+    need((event["event"], event["pid"], event["tid"], event["child"], event["reason"]) ==
+         ("fork", parent.pid, parent.tids[thread], pid, "fork"), f"a fork of {pid} by {parent.pid}: {event}")
+    need(victim.process.poll() is None, "the victim has ended")
+    return child
+
+
+@e2e()
+def monitor_forks(sandbox):
+    """A child, a grandchild, what they do, and how they end: by exit, exec and a crash."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 16 * PAGE)
+    path = victim.map(AREA + GIB, PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    child = child_of(victim, victim, 5, victim.child_pipes[0], monitor)
+    grandchild = child_of(victim, child, 0, victim.child_pipes[1], monitor)
+    other = child_of(victim, victim, 6, victim.child_pipes[2], monitor)
+
+    at = AREA
+    for each in (victim, child, grandchild, other):
+        each.call(0, MUNMAP, at, PAGE)
+        monitor.expect(raw(each.pid, each.tids[0], "unmap", at, at + PAGE, "munmap"))
+    for each in (grandchild, child, victim):
+        each.call(0, MADVISE, at + 2 * PAGE, PAGE, DONTNEED)
+        monitor.expect(raw(each.pid, each.tids[0], "remove", at + 2 * PAGE, at + 3 * PAGE, "dontneed"))
+
+    # exec: the new program is watched as well.
+    program_path = test_program("layout-victim").encode() + b"\0"
+    for each in (grandchild,):
+        each.write(path, program_path.ljust(1024, b"\0") + path.to_bytes(8, "little") + bytes(8))
+        each.tell(0, "call", 1, EXECVE, path, path + 1024, path + 1032)
+        monitor.expect(raw(each.pid, each.pid, "exec", 0, 0, "exec"))
+    # The end of its input is its end: it reads what the first process has as standard input.
+    os.kill(grandchild.pid, signal.SIGTERM)
+    monitor.expect(raw(grandchild.pid, 0, "exit", 0, 0, "exit"))
+    child.call(0, WAIT4, grandchild.pid, 0, 0, 0)
+    child.tell(0, "call", 1, EXIT_GROUP, 0)
+    monitor.expect(raw(child.pid, 0, "exit", 0, 0, "exit"))
+    other.tell(0, "call", 1, KILL, other.pid, signal.SIGSEGV)
+    monitor.expect(raw(other.pid, 0, "exit", 0, 0, "exit"))
+    # And the first one goes on.
+    victim.call(1, MUNMAP, AREA + 4 * PAGE, PAGE)
+    monitor.expect(raw(victim.pid, victim.tids[1], "unmap", AREA + 4 * PAGE, AREA + 5 * PAGE, "munmap"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_exec_and_exit(sandbox):
+    """exec keeps the number: the new program is attached to anew; its exit ends the monitor."""
+    victim = Victim(sandbox)
+    path = victim.map(AREA, PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    victim.write(path, test_program("layout-victim").encode().ljust(1024, b"\0") +
+                 path.to_bytes(8, "little") + bytes(8))
+    victim.tell(3, "call", 1, EXECVE, path, path + 1024, path + 1032)
+    monitor.expect(raw(victim.pid, victim.pid, "exec", 0, 0, "exec"))
+    victim.map(AREA + GIB, 4 * GIB)
+    time.sleep(0.5)
+    victim.call(2, MUNMAP, AREA + GIB, 4 * GIB)
+    monitor.expect(raw(victim.pid, victim.tids[2], "unmap", AREA + GIB, AREA + 5 * GIB, "munmap"))
+    victim.tell(4, "call", 1, EXIT_GROUP, 0)
+    monitor.expect(raw(victim.pid, 0, "exit", 0, 0, "exit"))
+    monitor.ends()
+    need(victim.process.wait(LIMIT_S) == 0, "the victim's exit code is another")
+
+
+@e2e()
+def monitor_crash(sandbox):
+    """A process that is killed, in the middle of it all, ends its monitor."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    victim.tell(1, "spin", 1000000, AREA, 4 * PAGE, AREA + GIB)
+    monitor.next(100)
+    victim.process.kill()
+    monitor.ends()
+    need(monitor.events()[-1]["event"] == "exit", "exit is the last event")
+
+
+@e2e()
+def monitor_leaves_no_trace(sandbox):
+    """However it is ended, also when killed outright with events unread, the process is as before."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 64 * PAGE)
+    fd = victim.memory_file(64 * PAGE)
+    victim.map(AREA + GIB, 64 * PAGE, SHARED, fd)
+    before = layout(victim.pid)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        monitor = Monitor(sandbox, victim.pid)
+        need(layout(victim.pid)[1:] == before[1:], "while it is attached, descriptors and signals are others")
+        need(layout(victim.pid)[0] != before[0], "no mapping is registered")
+        monitor.stop(number)
+        need(layout(victim.pid) == before, f"after {number.name} something is left behind")
+
+    monitor = Monitor(sandbox, victim.pid)
+    monitor.process.send_signal(signal.SIGSTOP)
+    for thread in range(4):
+        victim.tell(thread, "call", 1, MADVISE, AREA + thread * PAGE, PAGE, DONTNEED)
+    victim.tell(4, "fork", *victim.child_pipes[0][::3])
+    time.sleep(0.3)  # until they wait
+    monitor.process.kill()
+    monitor.process.wait()
+    for thread in range(4):
+        need(victim.answer(thread) == 0, "what the victim was doing failed")
+    child = Obedient(*victim.child_pipes[0][1:3])
+    child.pid = victim.answer(4)
+    need(child.call(0, MUNMAP, AREA, PAGE) == 0, "the child is not well")
+    need(not any(" uw" in line for pid in (victim.pid, child.pid) for line in layout(pid)[0]),
+         "a registration is left behind")
+    need(layout(victim.pid) == before, "after SIGKILL something is left behind")
+    # And it can be monitored again.
+    monitor = Monitor(sandbox, victim.pid)
+    victim.call(0, MUNMAP, AREA, PAGE)
+    monitor.expect(raw(victim.pid, victim.tids[0], "unmap", AREA, AREA + PAGE, "munmap"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_interrupted_in_a_storm(sandbox):
+    """Events keep coming while it is told to end, and when its output is closed."""
+    victim = Victim(sandbox)
+    for thread in range(4):
+        victim.map(AREA + thread * GIB, 4 * PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    for thread in range(4):
+        victim.tell(thread, "spin", 20000, AREA + thread * GIB, 4 * PAGE, AREA + thread * GIB + GIB // 2)
+    monitor.next(1000)
+    monitor.stop(signal.SIGTERM)
+
+    there, back = os.pipe()
+    process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid), "--json"], stdout=back,
+                               stderr=subprocess.DEVNULL)
+    sandbox.processes.append(process)
+    os.close(back)
+    os.read(there, 1)
+    os.close(there)
+    for thread in range(4):
+        need(victim.answer(thread) == 0, "what the victim was doing failed")
+    victim.map(AREA + 9 * GIB, PAGE)  # in case there was no further event
+    try:
+        wait_until(lambda: process.poll() is not None, 5, "it notices")
+    except HarnessError:
+        process.terminate()
+    process.wait(LIMIT_S)
+    need(not any(" uw" in line for line in layout(victim.pid)[0]), "a registration is left behind")
+
+
+@e2e()
+def monitor_slow_reader(sandbox):
+    """Nobody reads what is printed: the process waits at last, and nothing is lost."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    there, back = os.pipe()
+    process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid), "--json"], stdout=back,
+                               stderr=subprocess.PIPE, text=True)
+    sandbox.processes.append(process)
+    os.close(back)
+    need("watching" in process.stderr.readline(), "it attaches")
+    rounds = 12000  # 8 MiB of lines
+    victim.tell(0, "spin", rounds, AREA, 4 * PAGE, AREA + GIB)
+    time.sleep(2)
+    with os.fdopen(there, encoding="ascii") as lines:
+        for i in range(rounds * 5):
+            event = json.loads(lines.readline())
+            need(event["event"] == ("remove", "remap", "unmap", "remap", "unmap")[i % 5], f"event {i}: {event}")
+        need(victim.answer(0) == 0, "what the victim was doing failed")
+        process.send_signal(signal.SIGINT)
+        need(not lines.readline(), "more than was done")
+    need(process.wait(LIMIT_S) == 0, "it ends well")
+
+
+@e2e()
+def monitor_new_mappings(sandbox):
+    """What is mapped later is taken up, also where something else was before."""
+    victim = Victim(sandbox)
+    pid, tid = victim.pid, victim.tids[0]
+    monitor = Monitor(sandbox, pid)
+    for length in (PAGE, 3 * GIB):
+        victim.map(AREA, length)
+        time.sleep(1)
+        victim.map(AREA, length)
+        monitor.expect(raw(pid, tid, "unmap", AREA, AREA + length, "mmap-over"))
+        time.sleep(1)
+        victim.call(0, MUNMAP, AREA, length)
+        monitor.expect(raw(pid, tid, "unmap", AREA, AREA + length, "munmap"))
+    # A heap that grows under watch.
+    start = (victim.call(0, BRK, 0) + PAGE - 1) & -PAGE
+    for pages in (4, 8):
+        victim.call(0, BRK, start + pages * PAGE)
+        time.sleep(1)
+    victim.call(0, BRK, start)
+    monitor.expect(raw(pid, tid, "unmap", start, start + 8 * PAGE, "munmap"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_files(sandbox):
+    """Holes punched and truncations, of which no event tells, by the process and by others."""
+    victim = Victim(sandbox)
+    pid, size = victim.pid, 256 * PAGE
+    path = os.path.join(sandbox.ram, "ram")
+    with open(path, "wb+") as file:
+        file.write(b"x" * size)
+    name = victim.map(AREA - 2 * GIB, PAGE)
+    victim.write(name, path.encode() + b"\0")
+    fd = victim.call(0, 2, name, os.O_RDWR, 0)
+    victim.map(AREA, size, SHARED, fd)
+    twice = victim.map(AREA + GIB, 16 * PAGE, SHARED, fd, offset=8 * PAGE)
+    monitor = Monitor(sandbox, pid)
+    keep, punch = 1, 2
+    victim.call(0, FALLOCATE, fd, keep | punch, 100 * PAGE, 50 * PAGE)
+    monitor.expect(raw(pid, 0, "remove", AREA + 100 * PAGE, AREA + 150 * PAGE, "punch"))
+    with open(path, "rb+") as file:
+        need(_fallocate(file.fileno(), keep | punch, 4 * PAGE, 8 * PAGE) == 0, "it can be punched")
+        monitor.expect(raw(pid, 0, "remove", AREA + 4 * PAGE, AREA + 12 * PAGE, "punch"),
+                       raw(pid, 0, "remove", twice, twice + 4 * PAGE, "punch"))
+        # What is written is no news, and is missed again when it goes.
+        file.seek(4 * PAGE)
+        file.write(b"y" * PAGE)
+        file.flush()
+        time.sleep(0.5)
+        need(_fallocate(file.fileno(), keep | punch, 4 * PAGE, PAGE) == 0, "it can be punched")
+        monitor.expect(raw(pid, 0, "remove", AREA + 4 * PAGE, AREA + 5 * PAGE, "punch"))
+        # An event tells of it: once is enough.
+        victim.call(1, MADVISE, AREA + 200 * PAGE, 8 * PAGE, REMOVE)
+        monitor.expect(raw(pid, victim.tids[1], "remove", AREA + 200 * PAGE, AREA + 208 * PAGE, "remove"))
+        monitor.nothing_more()
+        file.truncate(20 * PAGE + 1)
+        monitor.expect(raw(pid, 0, "remove", AREA + 21 * PAGE, AREA + size, "truncate"),
+                       raw(pid, 0, "remove", twice + 13 * PAGE, twice + 16 * PAGE, "truncate"))
+        file.truncate(size)
+        monitor.nothing_more()
+    monitor.stop()
+
+
+def _fallocate(fd, mode, offset, length):
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length))
+
+
+@e2e()
+def monitor_huge_pages(sandbox):
+    """hugetlbfs: calls round to huge pages, and a punch is found."""
+    huge = 2 << 20
+    with open("/proc/sys/vm/nr_hugepages", encoding="ascii") as file:
+        before = int(file.read())
+
+    def reserve(count):
+        with open("/proc/sys/vm/nr_hugepages", "w", encoding="ascii") as file:
+            file.write(str(count))
+
+    sandbox.on_exit(lambda: reserve(before))
+    reserve(before + 8)
+    with open("/proc/sys/vm/nr_hugepages", encoding="ascii") as file:
+        if int(file.read()) < before + 8:
+            raise Skip("8 huge pages of 2 MiB can't be reserved here")
+    victim = Victim(sandbox)
+    fd = victim.memory_file(8 * huge, flags=4)
+    victim.map(AREA, 8 * huge, SHARED, fd)
+    for page in range(8):
+        victim.write(AREA + page * huge, b"x")
+    pid, tid = victim.pid, victim.tids[0]
+    monitor = Monitor(sandbox, pid)
+    victim.call(0, FALLOCATE, fd, 3, 2 * huge, huge)
+    monitor.expect(raw(pid, 0, "remove", AREA + 2 * huge, AREA + 3 * huge, "punch"))
+    victim.call(0, MADVISE, AREA + 3 * huge, huge, DONTNEED)
+    victim.call(0, MADVISE, AREA + 4 * huge, huge, REMOVE)
+    monitor.expect(raw(pid, tid, "remove", AREA + 3 * huge, AREA + 4 * huge, "dontneed"),
+                   raw(pid, tid, "remove", AREA + 4 * huge, AREA + 5 * huge, "remove"))
+    monitor.nothing_more()
+    victim.call(0, MUNMAP, AREA + 6 * huge, 2 * huge)
+    monitor.expect(raw(pid, tid, "unmap", AREA + 6 * huge, AREA + 8 * huge, "munmap"))
+    victim.call(0, FTRUNCATE, fd, huge)
+    monitor.expect(raw(pid, 0, "remove", AREA + huge, AREA + 6 * huge, "truncate"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_refuses(sandbox):
+    """What can't be monitored is named, with the right exit code."""
+    victim = Victim(sandbox)
+
+    def refused(code, sentence, *args, wrap=()):
+        done = run(*wrap, program("memferry"), "monitor", *args, check=False)
+        need(done.returncode == code and re.search(sentence, done.stderr),
+             f"monitor {args}: {done.returncode}, {done.stderr!r}; {code} and {sentence!r} were to come")
+        need(not done.stdout, f"monitor {args} printed {done.stdout!r}")
+
+    refused(2, "needs the id of a process")
+    refused(2, "'init' is not the id of a process", "init")
+    refused(2, "'-5' |there is no option", "-5")
+    refused(2, "is not the id of a process", "0")
+    refused(2, "is not the id of a process", "99999999999")
+    refused(2, "one process at a time", "1", "2")
+    refused(1, "there is no process", "4194303")
+    refused(1, "there is no process", "4194303", "--json")
+    refused(1, f"is a thread of process {victim.pid}", str(victim.tids[3]))
+    kernel_thread = next((entry for entry in os.listdir("/proc") if entry.isdigit() and
+                          int(open(f"/proc/{entry}/stat", encoding="ascii", errors="replace").read()
+                              .rsplit(")", 1)[1].split()[6]) & 0x200000), None)
+    if kernel_thread:
+        refused(1, "is a kernel thread", kernel_thread)
+    ended = subprocess.Popen(["true"])
+    wait_until(lambda: os.readlink(f"/proc/{ended.pid}/fd") if False else
+               " Z " in open(f"/proc/{ended.pid}/stat", encoding="ascii").read(), LIMIT_S, "it has ended")
+    refused(1, "has ended", str(ended.pid))
+    ended.wait()
+    refused(1, "not permitted to watch", str(victim.pid), wrap=(
+        "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"))
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    for tid in os.listdir(f"/proc/{victim.pid}/task"):
+        need(libc.ptrace(0x4206, int(tid), None, None) == 0, "the test traces the victim")
+    refused(1, "traced", str(victim.pid))
+    before = layout(victim.pid)
+    need(not any(" uw" in line for line in before[0]), "a refused monitor has registered something")
+
+
+@e2e()
+def monitor_beside_another_userfaultfd(sandbox):
+    """Memory of another userfaultfd is left alone and said so; the rest is watched."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    victim.map(AREA + GIB, 4 * PAGE)
+    victim.tell(1, "uffd", AREA, 4 * PAGE)
+    need(victim.answer(1) == 0, "the victim makes a userfaultfd")
+    monitor = Monitor(sandbox, victim.pid)
+    need("1 of another userfaultfd" in monitor.text(), f"it is not said: {monitor.text()}")
+    victim.call(0, MUNMAP, AREA, 4 * PAGE)
+    victim.call(0, MUNMAP, AREA + GIB, 4 * PAGE)
+    monitor.expect(raw(victim.pid, victim.tids[0], "unmap", AREA + GIB, AREA + GIB + 4 * PAGE, "munmap"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_for_people(sandbox):
+    """The lines without --json: a header, columns, the right words."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 3 * GIB)
+    victim.map(AREA + 4 * GIB, PAGE)
+    out = os.path.join(sandbox.path, "lines")
+    with open(out, "wb") as lines:
+        process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid)], stdout=lines,
+                                   stderr=subprocess.PIPE, text=True)
+    sandbox.processes.append(process)
+    need(re.fullmatch(r"memferry: watching \d+ of \d+ mappings \(.* GiB\) of layout-victim \(pid \d+\).*\n",
+                      process.stderr.readline()), "it says what it watches")
+    victim.call(2, MUNMAP, AREA, 3 * GIB)
+    victim.call(2, MREMAP, AREA + 4 * GIB, PAGE, PAGE, MAYMOVE | MREMAP_FIXED, AREA)
+    victim.tell(2, "fork", *victim.child_pipes[0][::3])
+    child = victim.answer(2)
+    victim.process.kill()
+    need(process.wait(LIMIT_S) == 0, "it ends with the process")
+    with open(out, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    need(lines[0].split() == ["TIME", "PID", "TID", "EVENT", "RANGE", "SIZE", "REASON"], f"header: {lines[0]}")
+    tid, pid = victim.tids[2], victim.pid
+    wanted = [rf"{pid} +{tid}  unmap +200000000000-2000c0000000 +3.0 GiB  munmap",
+              rf"{pid} +{tid}  remap +200100000000-200100001000 +4.0 KiB  mremap to 200000000000",
+              rf"{pid} +{tid}  unmap +200100000000-200100001000 +4.0 KiB  mremap",
+              rf"{pid} +{tid}  fork +- +-  fork of {child}",
+              rf"{pid} +-  exit +- +-  exit"]
+    rows = [line for line in lines[1:] if f" {pid} " in line]
+    need(len(rows) == len(wanted), f"lines: {rows}")
+    for row, want in zip(rows, wanted):
+        need(re.fullmatch(r"\d\d:\d\d:\d\d\.\d{6} +" + want, row), f"{row!r} is not like {want!r}")
+    column = lines[0].index("REASON")
+    need(all(row[column - 1] == " " and row[column] != " " for row in rows), "the columns are not aligned")
