@@ -104,8 +104,14 @@ static struct mf_watch_file *find_file(struct mf_watch_files *files, const struc
 
 /* -------------------------------------------------------------------------------------- looking */
 
-/** data_of_tmpfs() - which parts hold data. */
-static int data_of_tmpfs(int fd, struct mf_extents *out)
+static uint64_t page_end(uint64_t bytes, uint64_t page_bytes)
+{
+    return (bytes + page_bytes - 1) & ~(page_bytes - 1);
+}
+
+/** data_of_tmpfs() - which pages hold data. The last one counts whole: SEEK_HOLE says the file's
+ * size of it. */
+static int data_of_tmpfs(int fd, uint64_t page_bytes, struct mf_extents *out)
 {
     for (off_t at = 0;;) {
         off_t data = lseek(fd, at, SEEK_DATA);
@@ -114,7 +120,7 @@ static int data_of_tmpfs(int fd, struct mf_extents *out)
         at = lseek(fd, data, SEEK_HOLE);
         if (at < 0)
             return errno == ENXIO ? 0 : -errno; /* cut off between the two calls */
-        int rc = mf_extents_add(out, (uint64_t)data, (uint64_t)at);
+        int rc = mf_extents_add(out, (uint64_t)data, page_end((uint64_t)at, page_bytes));
         if (rc == 0 && out->count > EXTENTS_MAX)
             rc = -E2BIG;
         if (rc < 0)
@@ -155,7 +161,8 @@ static int data_of_huge(const struct mf_watch_file *file, const struct mf_watch 
 static int data_of(const struct mf_watch_file *file, const struct mf_watch *watch,
                    struct mf_extents *out)
 {
-    return file->hugetlb ? data_of_huge(file, watch, out) : data_of_tmpfs(file->fd, out);
+    return file->hugetlb ? data_of_huge(file, watch, out)
+                         : data_of_tmpfs(file->fd, file->page_bytes, out);
 }
 
 /** remember() - what the file is like now. Takes over @data. */
@@ -315,13 +322,12 @@ static int compare(struct mf_watch_file *file, const struct stat *st, const stru
 {
     struct mf_extents data = {0}, vanished = {0}, news = {0};
     uint64_t start_ns = mf_now_ns(), size_bytes = (uint64_t)st->st_size;
-    uint64_t page_mask = file->page_bytes - 1;
     int rc = data_of(file, to->watch, &data);
     if (rc == 0)
         rc = mf_extents_minus(&file->data, &data, &vanished);
     if (rc == 0)
         rc = mf_extents_minus(&vanished, &file->explained, &news);
-    uint64_t end_bytes = (size_bytes + page_mask) & ~page_mask;
+    uint64_t end_bytes = page_end(size_bytes, file->page_bytes);
     /* Of hugetlbfs a page may only not be mapped any more: then the file is as large as before. */
     bool believe = !file->hugetlb || (uint64_t)st->st_blocks < file->blocks;
     for (size_t i = 0; rc == 0 && believe && i < news.count; i++) {
@@ -331,7 +337,7 @@ static int compare(struct mf_watch_file *file, const struct stat *st, const stru
             tell(to, file, one->start_bytes, stop, MF_REASON_PUNCH);
     }
     if (rc == 0 && size_bytes < file->size_bytes)
-        tell(to, file, end_bytes, (file->size_bytes + page_mask) & ~page_mask, MF_REASON_TRUNCATE);
+        tell(to, file, end_bytes, page_end(file->size_bytes, file->page_bytes), MF_REASON_TRUNCATE);
     mf_extents_free(&vanished);
     mf_extents_free(&news);
     if (rc < 0) {

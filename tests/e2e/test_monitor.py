@@ -179,6 +179,11 @@ class Monitor:
         need(self.process.wait(LIMIT_S) == 0, f"the monitor left with {self.process.returncode}: {self.text()}")
 
 
+def stat(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+        return file.read()
+
+
 def layout(pid):
     """What could show that somebody was there: mappings, their flags, descriptors, threads."""
     with open(f"/proc/{pid}/smaps", encoding="ascii", errors="replace") as smaps:
@@ -613,6 +618,16 @@ def monitor_huge_pages(sandbox):
     monitor.stop()
 
 
+TRACER = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+done = [libc.ptrace(0x4206, int(tid), None, None) for tid in os.listdir(f"/proc/{sys.argv[1]}/task")]
+print("failed" if any(done) else "traced", flush=True)
+time.sleep(600)
+"""
+
+
 @e2e()
 def monitor_refuses(sandbox):
     """What can't be monitored is named, with the right exit code."""
@@ -634,23 +649,23 @@ def monitor_refuses(sandbox):
     refused(1, "there is no process", "4194303", "--json")
     refused(1, f"is a thread of process {victim.pid}", str(victim.tids[3]))
     kernel_thread = next((entry for entry in os.listdir("/proc") if entry.isdigit() and
-                          int(open(f"/proc/{entry}/stat", encoding="ascii", errors="replace").read()
-                              .rsplit(")", 1)[1].split()[6]) & 0x200000), None)
+                          int(stat(entry).rsplit(")", 1)[1].split()[6]) & 0x200000), None)
     if kernel_thread:
         refused(1, "is a kernel thread", kernel_thread)
     ended = subprocess.Popen(["true"])
-    wait_until(lambda: os.readlink(f"/proc/{ended.pid}/fd") if False else
-               " Z " in open(f"/proc/{ended.pid}/stat", encoding="ascii").read(), LIMIT_S, "it has ended")
+    wait_until(lambda: " Z " in stat(ended.pid), LIMIT_S, "it has ended")
     refused(1, "has ended", str(ended.pid))
     ended.wait()
     refused(1, "not permitted to watch", str(victim.pid), wrap=(
         "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"))
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-    for tid in os.listdir(f"/proc/{victim.pid}/task"):
-        need(libc.ptrace(0x4206, int(tid), None, None) == 0, "the test traces the victim")
-    refused(1, "traced", str(victim.pid))
+    # By a process of its own, which can end with the threads still in its hands.
+    tracer = subprocess.Popen(["python3", "-c", TRACER, str(victim.pid)], stdout=subprocess.PIPE, text=True)
+    sandbox.processes.append(tracer)
+    need(tracer.stdout.readline() == "traced\n", "the test traces the victim")
+    refused(1, f"python3 .pid {tracer.pid}. is tracing it already", str(victim.pid))
+    tracer.kill()
+    tracer.wait()
     before = layout(victim.pid)
     need(not any(" uw" in line for line in before[0]), "a refused monitor has registered something")
 
