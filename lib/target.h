@@ -131,8 +131,9 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
  * one of the regions? A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps
  * that is readable. Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or
  * -errno.
+ * @descendants: whether those of @pid count.
  */
-int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigned region_count,
+int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions, unsigned region_count,
                       char *who, size_t who_size);
 
 /** mf_target_vfio() - has the target VFIO or vDPA devices open (/proc/PID/fd)? Return: 1, 0 or

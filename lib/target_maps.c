@@ -212,22 +212,38 @@ static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsig
     return false;
 }
 
-/* A mover that has just been told to leave still maps the memory for a moment. */
-static bool is_child_of_ours(pid_t other)
+/** parent_of() - its parent's process id, 0 if that can't be said. */
+static pid_t parent_of(pid_t other)
 {
     char path[64], line[512];
     snprintf(path, sizeof(path), "/proc/%d/stat", (int)other);
     cleanup_fclose FILE *stat = fopen(path, "re");
     if (!stat || !fgets(line, sizeof(line), stat))
-        return false;
+        return 0;
     /* "pid (comm) state ppid": the name may hold anything, so from its last parenthesis on. */
     const char *after = strrchr(line, ')');
     int parent = 0;
-    return after && sscanf(after + 1, " %*c %d", &parent) == 1 && parent == getpid();
+    return after && sscanf(after + 1, " %*c %d", &parent) == 1 ? parent : 0;
 }
 
-int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigned region_count,
-                      char *who, size_t who_size)
+/* A mover that has just been told to leave still maps the memory for a moment. */
+static bool is_child_of_ours(pid_t other)
+{
+    return parent_of(other) == getpid();
+}
+
+static bool is_descendant(pid_t other, pid_t pid)
+{
+    for (unsigned depth = 0; depth < 64 && other > 1; depth++) {
+        other = parent_of(other);
+        if (other == pid)
+            return true;
+    }
+    return false;
+}
+
+int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions,
+                      unsigned region_count, char *who, size_t who_size)
 {
     cleanup_closedir DIR *proc = opendir("/proc");
     if (!proc)
@@ -236,7 +252,9 @@ int mf_target_foreign(pid_t pid, const struct mf_region_source *regions, unsigne
         pid_t other = (pid_t)strtol(entry->d_name, NULL, 10);
         if (other <= 0 || other == pid || other == getpid())
             continue;
-        if (maps_region(other, regions, region_count) && !is_child_of_ours(other)) {
+        /* One without a parent has ended meanwhile. */
+        if (maps_region(other, regions, region_count) && parent_of(other) > 0 &&
+            !is_child_of_ours(other) && (descendants || !is_descendant(other, pid))) {
             char name[64];
             mf_target_comm(other, name, sizeof(name));
             snprintf(who, who_size, "%s (pid %d)", name, other);

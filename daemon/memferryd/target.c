@@ -126,8 +126,11 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
                        "the %s of %s has a device passed through (VFIO or vDPA): its memory is "
                        "pinned and written behind the host's back; detach the device first",
                        session_noun(session), session->name);
-    if (mf_target_foreign(session->pid, session->region, session->region_count, who, sizeof(who)) >
-        0)
+    /* Children of a program at work come and go; those that stay are seen when it is paused. */
+    const bool children =
+        session->role == MF_DESTINATION || session_vmm_ops(session) != &vmm_process;
+    if (mf_target_foreign(session->pid, children, session->region, session->region_count, who,
+                          sizeof(who)) > 0)
         return mf_fail(err, ENOTSUP,
                        "the memory of %s is also mapped by %s, whose writes can't be followed "
                        "(a vhost-user back end?); stop it or detach its device first",

@@ -555,6 +555,7 @@ static int serve(const char *path)
         if (fd < 0)
             continue;
         answer(fd);
+        shutdown(fd, SHUT_RDWR); /* a child that was forked meanwhile has it too */
         close(fd);
     }
 }

@@ -354,7 +354,7 @@ static void notices_foreign_mappings(void **state)
     char who[96] = "";
     map_ram(&ram, "/dev/shm", "vm1", MAP_SHARED);
     assert_int_equal(find(ram.path, ram.length_bytes, &region, NULL), 0);
-    assert_int_equal(mf_target_foreign(getpid(), &region, 1, who, sizeof(who)), 0);
+    assert_int_equal(mf_target_foreign(getpid(), true, &region, 1, who, sizeof(who)), 0);
 
     int told[2];
     pid_t grandchild = 0;
@@ -368,13 +368,15 @@ static void notices_foreign_mappings(void **state)
             pause();
     }
     assert_int_equal(read(told[0], &grandchild, sizeof(grandchild)), sizeof(grandchild));
-    int rc = mf_target_foreign(getpid(), &region, 1, who, sizeof(who));
-    int as_target = mf_target_foreign(grandchild, &region, 1, who + 48, sizeof(who) - 48);
+    int without = mf_target_foreign(getpid(), false, &region, 1, who, sizeof(who));
+    int rc = mf_target_foreign(getpid(), true, &region, 1, who, sizeof(who));
+    int as_target = mf_target_foreign(grandchild, true, &region, 1, who + 48, sizeof(who) - 48);
     kill(grandchild, SIGKILL);
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
     close(told[0]);
     close(told[1]);
+    assert_int_equal(without, 0);
     assert_int_equal(rc, 1);
     assert_non_null(strstr(who, "test_target (pid "));
     assert_int_equal(as_target, 0); /* the caller's own mapping and its child's do not count */
