@@ -21,7 +21,8 @@ _memferry()
         --runtime-dir)
             runtime=(--runtime-dir "${COMP_WORDS[++i]}")
             ;;
-        --qmp | --to | --streams | --mode | --bandwidth | --max-rounds | --switch-after | --max-blackout)
+        --qmp | --to | --streams | --mode | --bandwidth | --max-rounds | --switch-after | --max-blackout | \
+            --pid | --pause | --save | --load | --resume | --region | --timeout)
             ((i++))
             ;;
         -*) ;;
@@ -58,8 +59,17 @@ _memferry()
         mapfile -t COMPREPLY < <(compgen -W "none 100M 1G 10G" -- "$cur")
         return
         ;;
-    --max-rounds | --switch-after | --max-blackout)
-        return # numbers
+    --max-rounds | --switch-after | --max-blackout | --timeout | --region)
+        return # numbers, names
+        ;;
+    --pid)
+        mapfile -t COMPREPLY < <(compgen -W "$(cd /proc && echo [0-9]*)" -- "$cur")
+        return
+        ;;
+    --pause | --save | --load | --resume)
+        compopt -o filenames
+        mapfile -t COMPREPLY < <(compgen -c -- "$cur")
+        return
         ;;
     --streams)
         mapfile -t COMPREPLY < <(compgen -W "1 2 4 8 16" -- "$cur")
@@ -67,15 +77,16 @@ _memferry()
         ;;
     esac
 
-    local options="--help"
+    local options="--help" process="--pid --pause --save --load --resume --region --timeout"
     case $verb in
     "") options="--runtime-dir --help --version" ;;
-    receive) options+=" --qmp" ;;
+    receive) options+=" --qmp $process" ;;
     migrate)
-        options+=" --qmp --to --json --detach --keep-source --streams --mode --bandwidth --max-rounds"
+        options+=" --qmp $process --to --json --detach --keep-source --streams --mode --bandwidth --max-rounds"
         options+=" --switch-after --max-blackout --fallback"
         ;;
-    status | check) options+=" --json" ;;
+    status) options+=" --json" ;;
+    check) options+=" --json --pid --region" ;;
     esac
     if [[ $cur == -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$cur")
