@@ -113,3 +113,48 @@ def kernel_trixie(sandbox):
 def kernel_sid(sandbox):
     """The newest kernel that Debian has."""
     tests_on(sandbox, "sid", (6, 12))
+
+
+def dax_on(sandbox, codename):
+    """What is on fs-dax is told by name and left alone or refused, and whatever would pin it fails."""
+    kernel = kernel_of_release(codename)
+    guest = ProgramGuest(sandbox, kernel)
+    guest.mount_dax("/pmem")
+    pins = guest.add_program(kernel_program("test_pins"))
+    memferry = guest.add_program(program("memferry"))
+    guest.run("facts", pins, "--dax", "/pmem/facts")
+    guest.run("check", pins, "--hold", "/pmem/ram", memferry, "check", "--json")
+    guest.run("chosen", pins, "--hold", "/pmem/ram", memferry, "check", "--region", "ram=/pmem/ram")
+    results = guest.boot(limit_s=150)
+    need(list(results) == ["facts", "check", "chosen"], f"not all was run: {list(results)}")
+    code, lines = results["facts"]
+    passed = [line for line in lines if line.startswith("PASS fs_dax_")]
+    need(code == 0 and len(passed) == 3, f"fs-dax on Linux {kernel.release}: {lines}")
+    code, lines = results["check"]
+    need(code == 0, f"`memferry check --pid` in the guest: {lines}")
+    report = json.loads("\n".join(lines))
+    left = {file["path"]: file["why"] for file in report["left"]}
+    need("fs-dax" in left.get("/pmem/ram", ""), f"check should say why /pmem/ram is left: {report}")
+    need([region["path"] for region in report["regions"]] == ["/memfd:served"],
+         f"what is not on fs-dax should be served: {report}")
+    code, lines = results["chosen"]
+    need(code == 1 and re.search(r"/pmem/ram.*fs-dax.*tmpfs", " ".join(lines)),
+         f"what is on fs-dax should be refused by name: {lines}")
+
+
+@e2e(limit_s=600)
+def dax_bookworm(sandbox):
+    """Memory on an ext4 mounted -o dax on an emulated NVDIMM, with Linux 6.1."""
+    dax_on(sandbox, "bookworm")
+
+
+@e2e(limit_s=600)
+def dax_trixie(sandbox):
+    """The same with Linux 6.12."""
+    dax_on(sandbox, "trixie")
+
+
+@e2e(limit_s=600)
+def dax_sid(sandbox):
+    """The same with the newest kernel that Debian has."""
+    dax_on(sandbox, "sid")

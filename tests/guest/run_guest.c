@@ -4,6 +4,7 @@
  * /modules/0.ko, 1.ko ..., then obeys /commands, a line each:
  *
  *   mount SOURCE DIRECTORY TYPE OPTIONS   made if it is not there; OPTIONS may be -
+ *   write FILE TEXT                       once it is there
  *   run NAME PROGRAM ARGUMENT...
  *
  * prints "[BEGIN NAME]" before a program's output and "[END NAME CODE]" after it (128 and the
@@ -55,6 +56,25 @@ static void mount_at(const char *source, const char *directory, const char *type
         usleep(50000);
     }
     printf("mount %s on %s (%s): %s\n", source, directory, options, strerror(errno));
+}
+
+static void write_to(const char *path, const char *text)
+{
+    ssize_t length = -1;
+
+    for (unsigned i = 0; length < 0 && i < 100; i++) {
+        int fd = open(path, O_WRONLY | O_CLOEXEC);
+        length = fd >= 0 ? write(fd, text, strlen(text)) : -1;
+        int code = errno;
+        if (fd >= 0)
+            close(fd);
+        errno = code;
+        if (length < 0)
+            usleep(50000);
+        errno = code;
+    }
+    if (length < 0)
+        printf("write %s to %s: %s\n", text, path, strerror(errno));
 }
 
 /** await() - the end of @child, which is put to it after a while. */
@@ -109,6 +129,8 @@ static void obey(char *line)
         words[count++] = word;
     if (count == 5 && strcmp(words[0], "mount") == 0)
         mount_at(words[1], words[2], words[3], words[4]);
+    else if (count == 3 && strcmp(words[0], "write") == 0)
+        write_to(words[1], words[2]);
     else if (count >= 3 && strcmp(words[0], "run") == 0)
         run(words[1], words + 2);
     else if (count)

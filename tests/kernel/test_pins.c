@@ -3,10 +3,13 @@
  * Long-term pins, which io_uring's registered buffers are: why guest memory is never registered
  * (a pin outlives the page), and that the mover's rings can't do it.
  *
- *     test_pins [--dax FILE | ROW...]
+ *     test_pins [ROW...]
+ *     test_pins --dax FILE
+ *     test_pins --hold FILE PROGRAM [ARGUMENT...]
  *
- * --dax: only that nothing on this file, which lies on a file system mounted for direct access, can
- * be pinned or watched.
+ * --dax: only what can't be done to this file, which lies on a file system mounted for direct
+ * access. --hold: map it and some memory that can be served, and run PROGRAM meanwhile, with
+ * "--pid" and the number of this process behind its arguments.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -18,6 +21,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "daemon/mover/ring.h"
@@ -284,6 +288,36 @@ static void fs_dax_can_not_be_served(void **state)
     close(file);
 }
 
+/** hold() - Return: the exit code of the program. */
+static int hold(char **argv)
+{
+    char pid[16], *arguments[16] = {NULL};
+    size_t count = 0, length_bytes = PAGES * 4096;
+    int status, file = open(argv[0], O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    int ram = memfd_create("served", MFD_CLOEXEC);
+    if (file < 0 || ram < 0 || ftruncate(file, (off_t)length_bytes) != 0 ||
+        ftruncate(ram, (off_t)length_bytes) != 0 ||
+        mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) == MAP_FAILED ||
+        mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram, 0) == MAP_FAILED) {
+        perror(argv[0]);
+        return 1;
+    }
+    snprintf(pid, sizeof(pid), "%d", (int)getpid());
+    for (char **word = argv + 1; *word && count < 13; word++)
+        arguments[count++] = *word;
+    arguments[count++] = "--pid";
+    arguments[count] = pid;
+    pid_t child = fork();
+    if (child == 0) {
+        execv(arguments[0], arguments);
+        perror(arguments[0]);
+        _exit(127);
+    }
+    return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status)
+               ? WEXITSTATUS(status)
+               : 1;
+}
+
 int main(int argc, char **argv)
 {
     static const struct fact facts[] = {
@@ -305,5 +339,7 @@ int main(int argc, char **argv)
         return facts_main(1, argv, dax_facts, sizeof(dax_facts) / sizeof(dax_facts[0]),
                           MF_UFFD_FEATURES);
     }
+    if (argc > 3 && strcmp(argv[1], "--hold") == 0)
+        return hold(argv + 2);
     return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import uuid
 
 from .artifacts import _CacheLock, archive_address, cache_directory, guest_program
 from .sandbox import HarnessError, Skip, run, wait_until
@@ -158,11 +159,6 @@ class ProgramGuest:
         os.mknod(os.path.join(self.root, "dev", "console"), 0o600 | 0o020000, os.makedev(5, 1))
         shutil.copy(guest_program("guest-run"), os.path.join(self.root, "init"))
 
-    def load_modules(self):
-        """All that the kernel has in the cache."""
-        for index, path in enumerate(self.kernel.modules):
-            shutil.copy(path, os.path.join(self.root, "modules", f"{index}.ko"))
-
     def add_program(self, path):
         """Returns its path in the guest."""
         for library in libraries_of(path):
@@ -180,10 +176,33 @@ class ProgramGuest:
         """Have a program run; one of its name gives its results."""
         self.commands.append(" ".join(["run", name, *map(str, command)]))
 
-    def add_nvdimm(self, path, size_mib):
-        """A file of the host's as persistent memory, /dev/pmem0."""
-        self.extra += ["-object", f"memory-backend-file,id=pmem,share=on,mem-path={path},size={size_mib}M",
+    def write(self, path, text):
+        self.commands.append(f"write {path} {text}")
+
+    def mount_dax(self, directory, size_mib=128):
+        """A new ext4, mounted for direct access, on an emulated NVDIMM of that size."""
+        tools = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+        if not shutil.which("mkfs.ext4", path=tools):
+            raise Skip("no file system for the NVDIMM: mkfs.ext4 is not installed (package e2fsprogs)")
+        if not self.kernel.modules:
+            raise Skip(f"Linux {self.kernel.release} has no modules for persistent memory")
+        for index, path in enumerate(self.kernel.modules):
+            shutil.copy(path, os.path.join(self.root, "modules", f"{index}.ko"))
+        image = os.path.join(self.sandbox.path, "nvdimm")
+        with open(image, "wb") as file:
+            file.truncate(size_mib << 20)
+        # The kernel keeps the first 2 MiB of a device in mode fsdax for what describes it.
+        run("env", f"PATH={tools}", "mkfs.ext4", "-q", "-F", "-b", 4096, "-E", f"offset={2 << 20}", image,
+            f"{size_mib - 2}m")
+        self.extra += ["-object", f"memory-backend-file,id=pmem,share=on,mem-path={image},size={size_mib}M",
                        "-device", "nvdimm,id=nvdimm,memdev=pmem"]
+        # What ndctl create-namespace --mode=fsdax --map=mem does.
+        device = "/sys/bus/nd/devices/pfn0.0"
+        self.write("/sys/bus/nd/drivers/nd_pmem/unbind", "namespace0.0")
+        for name, value in (("uuid", uuid.uuid4()), ("mode", "ram"), ("namespace", "namespace0.0")):
+            self.write(f"{device}/{name}", value)
+        self.write("/sys/bus/nd/drivers/nd_pmem/bind", "pfn0.0")
+        self.mount("/dev/pmem0", directory, "ext4", "dax")
 
     def _initramfs(self):
         with open(os.path.join(self.root, "commands"), "w", encoding="ascii") as out:
