@@ -97,19 +97,19 @@ def tests_on(sandbox, codename, at_least):
     return report
 
 
-@e2e(limit_s=900)
+@e2e(limit_s=600)
 def kernel_bookworm(sandbox):
     """Linux 6.1: no tracking of writes, hence no rounds, and check says so."""
     tests_on(sandbox, "bookworm", (6, 1))
 
 
-@e2e(limit_s=900)
+@e2e(limit_s=600)
 def kernel_trixie(sandbox):
     """Linux 6.12."""
     tests_on(sandbox, "trixie", (6, 12))
 
 
-@e2e(limit_s=900)
+@e2e(limit_s=600)
 def kernel_sid(sandbox):
     """The newest kernel that Debian has."""
     tests_on(sandbox, "sid", (6, 12))
