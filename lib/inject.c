@@ -425,7 +425,7 @@ static int refused_by_kernel(pid_t pid, int code, struct mf_error *err)
                    strerror(code));
 }
 
-int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err)
+static int inject_userfaultfd(pid_t pid, int pidfd, int flags, int *remote_fd, struct mf_error *err)
 {
     char name[64];
     mf_target_comm(pid, name, sizeof(name));
@@ -435,7 +435,7 @@ int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error 
     struct call call = {.pid = pid,
                         .pidfd = pidfd,
                         .number = SYS_userfaultfd,
-                        .args = {(uint64_t)(O_CLOEXEC | O_NONBLOCK)}};
+                        .args = {(uint64_t)(O_CLOEXEC | O_NONBLOCK | flags)}};
     int64_t result;
     int rc = run_by_helper(&call, &result, err);
     if (rc < 0)
@@ -450,6 +450,16 @@ int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error 
     }
     *remote_fd = (int)result;
     return fd;
+}
+
+int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err)
+{
+    return inject_userfaultfd(pid, pidfd, 0, remote_fd, err);
+}
+
+int mf_inject_watching_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err)
+{
+    return inject_userfaultfd(pid, pidfd, UFFD_USER_MODE_ONLY, remote_fd, err);
 }
 
 int mf_inject_close(pid_t pid, int remote_fd, struct mf_error *err)

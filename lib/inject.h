@@ -29,6 +29,13 @@
 int mf_inject_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err);
 
 /**
+ * mf_inject_watching_userfaultfd() - the same, for events and WP_ASYNC only: UFFD_USER_MODE_ONLY
+ * (5.11), which every process may have whatever vm.unprivileged_userfaultfd says. Faults that the
+ * kernel takes on memory registered with it for anything that waits are errors (EFAULT).
+ */
+int mf_inject_watching_userfaultfd(pid_t pid, int pidfd, int *remote_fd, struct mf_error *err);
+
+/**
  * mf_inject_close() - close @remote_fd inside the target, after checking that it is a userfaultfd.
  * Return: 0 (also when the process is gone), or -errno.
  */

@@ -23,6 +23,11 @@
 #define SYS_pidfd_getfd 438
 #endif
 
+/* Linux 5.11 */
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
 /* Linux 6.4 */
 #ifndef UFFD_FEATURE_WP_UNPOPULATED
 #define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)

@@ -14,6 +14,7 @@
 #include "lib/children.h"
 #include "lib/inject.h"
 #include "lib/observe.h"
+#include "lib/owner.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -21,10 +22,12 @@
 #define WATCH_EVENTS                                                                               \
     (UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |             \
      UFFD_FEATURE_EVENT_FORK)
-#define EXECS_MAX 5             /**< while one attaches */
-#define READ_MAX 100            /**< events before others get their turn */
-#define WAITERS_LIMIT_MS 20     /**< for whoever sent an event to be seen waiting */
-#define CHILD_LIMIT_MS 100      /**< for a forked child to appear */
+#define EXECS_MAX 5         /**< while one attaches */
+#define READ_MAX 100        /**< events before others get their turn */
+#define WAITERS_LIMIT_MS 20 /**< for whoever sent an event to be seen waiting */
+#define CHILD_LIMIT_MS 20  /**< for a forked child to appear */
+#define GONE_PATIENCE_NS                                                                           \
+    UINT64_C(100000000)         /**< for an exec to show, which takes memory away too */
 #define KERNEL_THREAD 0x200000u /**< PF_KTHREAD of linux/sched.h, in proc_pid_stat(5)'s flags */
 
 static void close_fd(int *fd)
@@ -141,7 +144,8 @@ int mf_watch_find(struct mf_watch *watch, pid_t pid, struct mf_error *err)
 static int attach_once(struct mf_watch *watch, struct mf_error *err)
 {
     int remote_fd;
-    cleanup_close int uffd = mf_inject_userfaultfd(watch->pid, watch->pidfd, &remote_fd, err);
+    cleanup_close int uffd =
+        mf_inject_watching_userfaultfd(watch->pid, watch->pidfd, &remote_fd, err);
     if (uffd < 0)
         return uffd;
     /* From here on nobody but us holds it. Were this to fail, a descriptor would stay behind in the
@@ -190,6 +194,8 @@ void mf_watch_let_go(struct mf_watch *watch)
     watch->maps = NULL;
     watch->count = 0;
     watch->total_pages = 0;
+    watch->gone_since_ns = 0;
+    mf_extents_free(&watch->ranges);
 }
 
 void mf_watch_end(struct mf_watch *watch)
@@ -248,22 +254,16 @@ static int take_up(int uffd, const struct mf_watched *one)
     return ioctl(uffd, UFFDIO_REGISTER, &reg) == 0 ? 0 : errno;
 }
 
-int mf_watch_scan(struct mf_watch *watch)
+/** meet() - go through the mappings that there are; watch what is new. Return: 0 or -ENOMEM. */
+static int meet(struct mf_watch *watch, const struct mf_vma *vmas, size_t count,
+                struct mf_extents *mapped)
 {
-    if (watch->uffd < 0 || !watch->pid)
-        return watch->uffd < 0 ? -ESRCH : 0;
-    uint64_t pages = total_pages(watch);
-    cleanup_free struct mf_vma *vmas = NULL;
-    size_t count = 0;
-    watch->stale = false;
-    int rc = mf_target_vmas(watch->pid, &vmas, &count, NULL);
-    if (rc < 0)
-        return rc;
     struct mf_watched *maps = calloc(count, sizeof(*maps));
     if (!maps)
         return -ENOMEM;
     size_t used = 0, before = 0;
-    for (size_t i = 0; i < count; i++) {
+    int rc = 0;
+    for (size_t i = 0; i < count && rc == 0; i++) {
         struct mf_watched *one = &maps[used];
         *one = (struct mf_watched){.start_addr = vmas[i].start_addr,
                                    .end_addr = vmas[i].end_addr,
@@ -274,6 +274,7 @@ int mf_watch_scan(struct mf_watch *watch)
         if (one->start_addr >> 63)
             continue; /* [vsyscall] is the kernel's, and no mapping */
         used++;
+        rc = mf_extents_add(mapped, one->start_addr, one->end_addr);
         while (before < watch->count && watch->maps[before].start_addr < one->start_addr)
             before++;
         const struct mf_watched *old = before < watch->count ? &watch->maps[before] : NULL;
@@ -285,12 +286,78 @@ int mf_watch_scan(struct mf_watch *watch)
         one->refused = take_up(watch->uffd, one);
         /* Changed since the list was read; or special memory, then it will be the same again. */
         watch->stale |= one->refused == EINVAL;
+        if (!one->refused && rc == 0)
+            rc = mf_extents_add(&watch->ranges, one->start_addr, one->end_addr);
     }
     free(watch->maps);
     watch->maps = maps;
     watch->count = used;
-    watch->total_pages = pages;
-    return 0;
+    return rc;
+}
+
+/** subtract() - from the ranges that are watched. */
+static int subtract(struct mf_watch *watch, const struct mf_extents *gone)
+{
+    struct mf_extents left = {0};
+    int rc = mf_extents_minus(&watch->ranges, gone, &left);
+    mf_extents_free(rc < 0 ? &left : &watch->ranges);
+    if (rc == 0)
+        watch->ranges = left;
+    return rc;
+}
+
+/**
+ * tell_gone() - of what is watched and not mapped any more.
+ * An event that is on its way explains it, and so does the end of the address space; both are given
+ * time to show. An unmapping is announced (mmap_changing) before /proc/PID/maps shows it.
+ */
+static int tell_gone(struct mf_watch *watch, const struct mf_extents *mapped, mf_watch_fn *fn,
+                     void *arg)
+{
+    struct mf_extents gone = {0};
+    int rc = mf_extents_minus(&watch->ranges, mapped, &gone);
+    bool quiet = mf_uffd_event_pending(watch->uffd) == 0 && mf_uffd_alive(watch->uffd);
+    if (rc < 0 || gone.count == 0) {
+        watch->gone_since_ns = 0;
+        mf_extents_free(&gone);
+        return rc;
+    }
+    watch->stale = true; /* look again soon */
+    if (!watch->gone_since_ns)
+        watch->gone_since_ns = mf_now_ns();
+    if (quiet && mf_now_ns() - watch->gone_since_ns > GONE_PATIENCE_NS) {
+        rc = subtract(watch, &gone);
+        for (size_t i = 0; i < gone.count && rc == 0; i++) {
+            struct mf_change change = {.pid = watch->pid,
+                                       .kind = MF_CHANGE_UNMAP,
+                                       .start_addr = gone.list[i].start_bytes,
+                                       .end_addr = gone.list[i].end_bytes};
+            fn(watch, &change, -1, arg);
+        }
+        watch->gone_since_ns = 0;
+    }
+    mf_extents_free(&gone);
+    return rc;
+}
+
+int mf_watch_scan(struct mf_watch *watch, mf_watch_fn *fn, void *arg)
+{
+    if (watch->uffd < 0 || !watch->pid)
+        return watch->uffd < 0 ? -ESRCH : 0;
+    uint64_t pages = total_pages(watch);
+    cleanup_free struct mf_vma *vmas = NULL;
+    size_t count = 0;
+    struct mf_extents mapped = {0};
+    watch->stale = false;
+    int rc = mf_target_vmas(watch->pid, &vmas, &count, NULL);
+    if (rc == 0)
+        rc = meet(watch, vmas, count, &mapped);
+    if (rc == 0)
+        rc = tell_gone(watch, &mapped, fn, arg);
+    if (rc == 0)
+        watch->total_pages = pages;
+    mf_extents_free(&mapped);
+    return rc;
 }
 
 /** forget() - mappings that a change has touched: what is there now is seen by the next scan. */
@@ -303,6 +370,9 @@ static void forget(struct mf_watch *watch, uint64_t start_addr, uint64_t end_add
     }
     watch->count = kept;
     watch->stale = true;
+    struct mf_extent range = {.start_bytes = start_addr, .end_bytes = end_addr};
+    subtract(watch,
+             &(struct mf_extents){.list = &range, .count = start_addr < end_addr, .room = 1});
 }
 
 /* ---------------------------------------------------------------------------------- reading events
@@ -370,8 +440,20 @@ static size_t observe(const struct mf_watch *watch, struct batch *batch)
     return batch->seen.readable ? batch->seen.readable : 1;
 }
 
+/** find_by_memory() - whose the child's userfaultfd is. For a parent that ends at once, and for
+ * CLONE_PARENT. */
+static pid_t find_by_memory(const struct mf_watch *watch, int child_uffd)
+{
+    for (size_t i = 0; i < watch->count; i++) {
+        const struct mf_watched *map = &watch->maps[i];
+        if (map->inode && !map->shared && !map->refused) /* the program itself, or a library */
+            return mf_owner_find(child_uffd, map->start_addr, map->end_addr);
+    }
+    return 0;
+}
+
 /** find_child() - the one that was not there before. Return: 0 if it can't be found: it was gone
- * before it could be seen, or it is not the forking thread's (CLONE_PARENT). */
+ * before it could be seen. */
 static pid_t find_child(const struct mf_watch *watch, const struct batch *batch, pid_t tid,
                         int child_uffd)
 {
@@ -386,9 +468,9 @@ static pid_t find_child(const struct mf_watch *watch, const struct batch *batch,
                 return child;
         }
         if (last)
-            return 0;
+            return mf_uffd_alive(child_uffd) ? find_by_memory(watch, child_uffd) : 0;
         /* Its memory is gone again: it has ended, or was never completed. */
-        last = !mf_uffd_alive(child_uffd) ||
+        last = !mf_uffd_alive(child_uffd) || mf_watch_has_ended(watch) ||
                mf_now_ns() - start_ns > CHILD_LIMIT_MS * UINT64_C(1000000);
         if (!last)
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);

@@ -39,6 +39,8 @@ struct mf_watched {
  * @uffd:    becomes readable with an event; -1: no address space is watched at present.
  * @maps:    @count mappings as of the last mf_watch_scan(), in ascending order.
  * @stale:   the layout has changed since.
+ * @ranges:  the addresses that are watched, as far as events and scans tell.
+ * @gone_since_ns: when some of them were first seen to be mapped no more without a word; 0: none.
  */
 struct mf_watch {
     pid_t pid;
@@ -47,6 +49,8 @@ struct mf_watch {
     size_t count;
     uint64_t total_pages; /**< size of the address space at the last scan: proc_pid_statm(5) */
     bool stale;
+    struct mf_extents ranges;
+    uint64_t gone_since_ns;
 };
 
 /** mf_watch_find() - a process by its number, before it is attached to.
@@ -76,13 +80,6 @@ void mf_watch_let_go(struct mf_watch *watch);
 /** mf_watch_end() - let go, and free everything. */
 void mf_watch_end(struct mf_watch *watch);
 
-/**
- * mf_watch_scan() - take up mappings that are not watched yet.
- * A few µs a mapping. Mappings that can't be watched stay in `maps` with the reason. Return: 0 or
- * -errno (-ESRCH: the address space is gone).
- */
-int mf_watch_scan(struct mf_watch *watch);
-
 /** mf_watch_grown() - has the size of the address space changed since the last scan? About 2 µs. */
 bool mf_watch_grown(struct mf_watch *watch);
 
@@ -99,8 +96,17 @@ typedef void mf_watch_fn(struct mf_watch *watch, const struct mf_change *change,
                          void *arg);
 
 /**
+ * mf_watch_scan() - take up mappings that are not watched yet, and tell @fn of those that are gone
+ * without an event (shmdt(2)): an UNMAP of unknown reason.
+ * A few µs a mapping. Mappings that can't be watched stay in `maps` with the reason. Return: 0 or
+ * -errno (-ESRCH: the address space is gone).
+ */
+int mf_watch_scan(struct mf_watch *watch, mf_watch_fn *fn, void *arg);
+
+/**
  * mf_watch_read() - read what is there, at most about a hundred events, and find out who did it.
- * Does not wait for events, but up to 100 ms for a forked child to appear. Return: how many were
- * read, or -errno (-EMFILE: a fork waits for a descriptor of ours to become free).
+ * Does not wait for events, but up to 20 ms for a forked child to appear. Return: how many were
+ * read, or -errno. -EMFILE: a fork waits, and with it the thread, until a descriptor of ours is
+ * free; the callee should not let it come to that.
  */
 int mf_watch_read(struct mf_watch *watch, mf_watch_fn *fn, void *arg);

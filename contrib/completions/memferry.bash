@@ -10,7 +10,7 @@ _memferry_names()
 _memferry()
 {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local verbs="receive migrate status set switch cancel check forget"
+    local verbs="receive migrate status set switch cancel check monitor forget"
     local verb="" named="" word i
     local -a runtime=()
     COMPREPLY=()
@@ -85,7 +85,7 @@ _memferry()
         options+=" --qmp $process --to --json --detach --keep-source --streams --mode --bandwidth --max-rounds"
         options+=" --switch-after --max-blackout --fallback"
         ;;
-    status) options+=" --json" ;;
+    status | monitor) options+=" --json" ;;
     check) options+=" --json --pid --region" ;;
     esac
     if [[ $cur == -* ]]; then
@@ -94,6 +94,10 @@ _memferry()
     fi
     case $verb in
     "") mapfile -t COMPREPLY < <(compgen -W "$verbs" -- "$cur") ;;
+    monitor)
+        [[ -n $named ]] ||
+            mapfile -t COMPREPLY < <(compgen -W "$(cd /proc && printf '%s ' [0-9]*)" -- "$cur")
+        ;;
     set)
         if [[ -n $named ]]; then
             compopt -o nospace

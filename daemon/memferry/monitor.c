@@ -25,16 +25,17 @@
 #include "lib/watch.h"
 #include "lib/watch_files.h"
 
-#define PACE_MS 10                         /**< between two looks at what sends no event */
-#define SCAN_ANYWAY_NS UINT64_C(250000000) /**< mappings may be replaced by others of equal size   \
-                                            */
-#define NO_ROOM_NS UINT64_C(100000000)     /**< after a fork found no descriptor of ours free */
+#define PACE_MS 10 /**< between two looks at what sends no event */
+#define SCAN_ANYWAY_NS                                                                             \
+    UINT64_C(250000000)      /**< mappings may be replaced by others of equal size                 \
+                              */
+#define SPARE_DESCRIPTORS 48 /**< for looking, and for what a process takes beside its first */
 
 /** struct followed - a process that is monitored. */
 struct followed {
     struct mf_watch watch;
     struct mf_watch_files files;
-    uint64_t scanned_ns, scan_cost_ns, no_room_until_ns;
+    uint64_t scanned_ns, scan_cost_ns;
     bool unwatched; /**< after an exec it could not be attached to again */
 };
 
@@ -42,7 +43,8 @@ struct monitor {
     struct followed **list; /**< the first one is the process that was asked for */
     size_t count;
     struct monitor_output output;
-    uint64_t epoch_us; /**< what CLOCK_MONOTONIC is behind the time of day */
+    uint64_t epoch_us;  /**< what CLOCK_MONOTONIC is behind the time of day */
+    rlim_t descriptors; /**< we may have so many open */
     bool json, over, no_room_told;
 };
 
@@ -108,10 +110,15 @@ static void on_change(struct mf_watch *watch, const struct mf_change *change, in
     mf_watch_files_explain(&followed_of(watch)->files, watch, change);
     if (child_uffd < 0)
         return;
-    struct followed *child = follow(monitor);
+    /* The lowest free number was taken, so that many are in use. */
+    bool room = (rlim_t)child_uffd + SPARE_DESCRIPTORS < monitor->descriptors;
+    struct followed *child = room ? follow(monitor) : NULL;
     if (!child) {
-        close(child_uffd); /* it goes on unwatched */
-        notice("out of memory: a forked child is not followed");
+        close(child_uffd); /* it goes on unwatched, and without knowing */
+        if (!monitor->no_room_told)
+            notice("there are more forked children than can be followed at a time: some are left "
+                   "out (raise the limit on open files: ulimit -Hn)");
+        monitor->no_room_told = true;
         return;
     }
     mf_watch_adopt(&child->watch, change->child, child_uffd);
@@ -119,23 +126,23 @@ static void on_change(struct mf_watch *watch, const struct mf_change *change, in
 
 /* ---- what sends no event ---- */
 
-static void scan(struct followed *one)
+static void scan(struct monitor *monitor, struct followed *one)
 {
     uint64_t start_ns = mf_now_ns();
-    if (mf_watch_scan(&one->watch) == 0)
+    if (mf_watch_scan(&one->watch, on_change, monitor) == 0)
         mf_watch_files_refresh(&one->files, &one->watch);
     one->scanned_ns = mf_now_ns();
     one->scan_cost_ns = one->scanned_ns - start_ns;
 }
 
 /** scan_if_due() - when the layout has changed, but for a tenth of the time at most. */
-static void scan_if_due(struct followed *one)
+static void scan_if_due(struct monitor *monitor, struct followed *one)
 {
     uint64_t ago_ns = mf_now_ns() - one->scanned_ns;
     if (ago_ns < 10 * one->scan_cost_ns)
         return;
     if (one->watch.stale || ago_ns > SCAN_ANYWAY_NS || mf_watch_grown(&one->watch))
-        scan(one);
+        scan(monitor, one);
 }
 
 /** after_exec() - tell, and attach to what it is now. */
@@ -149,7 +156,7 @@ static void after_exec(struct monitor *monitor, struct followed *one)
     print_change(monitor, &change);
     mf_watch_files_free(&one->files);
     if (mf_watch_attach(&one->watch, &err) == 0) {
-        scan(one);
+        scan(monitor, one);
         return;
     }
     mf_watch_let_go(&one->watch);
@@ -159,44 +166,27 @@ static void after_exec(struct monitor *monitor, struct followed *one)
                 one->watch.pid, err.text);
 }
 
-/** look_after() - Return: false once the process is gone. */
-static bool look_after(struct monitor *monitor, struct followed *one)
+/** look_after() - what sends no event: an exec, new mappings, files. */
+static void look_after(struct monitor *monitor, struct followed *one)
 {
-    if (mf_watch_has_ended(&one->watch)) {
-        if (one->watch.pid) {
-            struct mf_change change = {
-                .pid = one->watch.pid, .kind = MF_CHANGE_EXIT, .reason = MF_REASON_EXIT};
-            print_change(monitor, &change);
-        }
-        return false;
-    }
-    if (one->unwatched)
-        return true;
+    if (one->unwatched || mf_watch_has_ended(&one->watch))
+        return;
     if (!mf_uffd_alive(one->watch.uffd)) {
         if (mf_watch_has_memory(&one->watch))
             after_exec(monitor, one);
-        return true; /* else it is about to end */
+        return; /* else it is about to end */
     }
-    scan_if_due(one);
+    scan_if_due(monitor, one);
     if (!one->watch.stale) /* where files are mapped has to be known */
         mf_watch_files_compare(&one->files, &one->watch, on_change, monitor);
-    return true;
 }
 
 /* ---- events ---- */
 
 static void read_events(struct monitor *monitor, struct followed *one)
 {
-    if (one->watch.uffd < 0 || mf_now_ns() < one->no_room_until_ns)
-        return;
-    int rc = mf_watch_read(&one->watch, on_change, monitor);
-    if (rc != -EMFILE && rc != -ENFILE)
-        return;
-    one->no_room_until_ns = mf_now_ns() + NO_ROOM_NS;
-    if (!monitor->no_room_told)
-        notice("there is no descriptor left for another forked child; its parent waits until one "
-               "of those that are followed ends (raise the limit on open files: ulimit -n)");
-    monitor->no_room_told = true;
+    if (one->watch.uffd >= 0)
+        mf_watch_read(&one->watch, on_change, monitor);
 }
 
 /** wait_for_something() - Return: true if a signal asks to end. */
@@ -207,15 +197,34 @@ static bool wait_for_something(const struct monitor *monitor, int signal_fd)
     if (!fds)
         return true;
     fds[0] = (struct pollfd){.fd = signal_fd, .events = POLLIN};
-    uint64_t now_ns = mf_now_ns();
     for (size_t i = 0; i < monitor->count; i++) {
-        const struct followed *one = monitor->list[i];
-        bool room = now_ns >= one->no_room_until_ns;
-        fds[count++] = (struct pollfd){.fd = room ? one->watch.uffd : -1, .events = POLLIN};
-        fds[count++] = (struct pollfd){.fd = one->watch.pidfd, .events = POLLIN};
+        const struct mf_watch *watch = &monitor->list[i]->watch;
+        fds[count++] = (struct pollfd){.fd = watch->uffd, .events = POLLIN};
+        fds[count++] = (struct pollfd){.fd = watch->pidfd, .events = POLLIN};
     }
     poll(fds, count, PACE_MS);
     return fds[0].revents != 0;
+}
+
+/** see_off() - tell of those that have ended, after what they did last, and before what others do
+ * later; of the one that was asked for last of all. */
+static void see_off(struct monitor *monitor, bool others_only)
+{
+    for (size_t i = others_only ? 1 : 0; i < monitor->count; i++) {
+        struct followed *one = monitor->list[i];
+        if (!mf_watch_has_ended(&one->watch))
+            continue;
+        read_events(monitor, one);
+        if (one->watch.pid) {
+            struct mf_change change = {
+                .pid = one->watch.pid, .kind = MF_CHANGE_EXIT, .reason = MF_REASON_EXIT};
+            print_change(monitor, &change);
+        }
+        monitor->over |= i == 0;
+        unfollow(monitor, i--);
+        if (monitor->over)
+            return;
+    }
 }
 
 static void run(struct monitor *monitor, int signal_fd)
@@ -223,21 +232,17 @@ static void run(struct monitor *monitor, int signal_fd)
     uint64_t looked_ns = 0;
     while (!monitor->over && !monitor_output_failed(&monitor->output)) {
         bool asked = wait_for_something(monitor, signal_fd);
+        see_off(monitor, true);
         /* Children that a fork adds are at the end. */
         for (size_t i = 0; i < monitor->count; i++)
             read_events(monitor, monitor->list[i]);
+        see_off(monitor, false);
         if (asked)
             return;
         bool due = mf_now_ns() - looked_ns > PACE_MS * UINT64_C(1000000);
         for (size_t i = 0; i < monitor->count; i++) {
-            struct followed *one = monitor->list[i];
-            bool fresh = one->scanned_ns == 0;
-            if (!due && !fresh && !mf_watch_has_ended(&one->watch))
-                continue;
-            if (look_after(monitor, one))
-                continue;
-            monitor->over |= i == 0;
-            unfollow(monitor, i--);
+            if (due || monitor->list[i]->scanned_ns == 0)
+                look_after(monitor, monitor->list[i]);
         }
         if (due)
             looked_ns = mf_now_ns();
@@ -246,7 +251,7 @@ static void run(struct monitor *monitor, int signal_fd)
 
 /* ---- beginning and end ---- */
 
-/** count_refused() - for the sentence that says what is watched. */
+/** introduce() - the sentence that says what is watched. */
 static void introduce(const struct mf_watch *watch)
 {
     char name[64], text[256] = "";
@@ -289,14 +294,16 @@ static int block_signals(void)
     return signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-/** raise_descriptor_limit() - every forked child takes a few. */
-static void raise_descriptor_limit(void)
+/** raise_descriptor_limit() - every forked child takes a few. Return: the limit. */
+static rlim_t raise_descriptor_limit(void)
 {
     struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
-    }
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0)
+        return 1024;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) != 0)
+        getrlimit(RLIMIT_NOFILE, &limit);
+    return limit.rlim_cur;
 }
 
 static uint64_t epoch_us(void)
@@ -308,9 +315,9 @@ static uint64_t epoch_us(void)
 
 int verb_monitor(const struct cli_args *args)
 {
-    struct monitor monitor = {.json = args->json, .epoch_us = epoch_us()};
+    struct monitor monitor = {
+        .json = args->json, .epoch_us = epoch_us(), .descriptors = raise_descriptor_limit()};
     struct mf_error err;
-    raise_descriptor_limit();
     cleanup_close int signal_fd = block_signals();
     struct followed *first = follow(&monitor);
     if (!first)
@@ -328,7 +335,7 @@ int verb_monitor(const struct cli_args *args)
         free(monitor.list);
         return verb_complain(CLI_FAILED, err.text);
     }
-    scan(first);
+    scan(&monitor, first);
     introduce(&first->watch);
     if (!monitor.json)
         monitor_output_add(&monitor.output, monitor_header(), strlen(monitor_header()));

@@ -6,6 +6,7 @@
  *
  *   THREAD call COUNT NUMBER A B C D E F   COUNT times a system call      THREAD TID RESULT
  *   THREAD fork IN OUT                     a child that obeys IN          THREAD TID CHILD
+ *   THREAD orphan IN OUT                   the same, not its own child    THREAD TID CHILD
  *   THREAD uffd ADDR LENGTH                watch it by a userfaultfd      THREAD TID RESULT
  *   THREAD spin COUNT A LENGTH B           discard, move to B, and back   THREAD TID RESULT
  *
@@ -15,6 +16,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sched.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -114,8 +116,9 @@ static void obey(char *line)
     if (strcmp(words[1], "call") == 0) {
         for (uint64_t i = 0; i < n[2]; i++)
             result = result_of(syscall((long)n[3], n[4], n[5], n[6], n[7], n[8], n[9]));
-    } else if (strcmp(words[1], "fork") == 0) {
-        result = syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    } else if (strcmp(words[1], "fork") == 0 || strcmp(words[1], "orphan") == 0) {
+        long flags = words[1][0] == 'o' ? CLONE_PARENT : 0;
+        result = syscall(SYS_clone, flags | SIGCHLD, 0, 0, 0, 0);
         if (result == 0)
             serve_child((int)n[2], (int)n[3]);
         result = result_of(result);

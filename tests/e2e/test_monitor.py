@@ -18,7 +18,7 @@ GIB = 1 << 30
 LIMIT_S = 60  # for anything to happen on a busy machine
 
 # System calls of x86-64 and their constants.
-MMAP, MUNMAP, BRK, MREMAP, MADVISE, SHMGET, SHMAT, SHMDT = 9, 11, 12, 25, 28, 29, 30, 67
+MMAP, MUNMAP, BRK, MREMAP, MADVISE, SHMGET, SHMAT, SHMCTL, SHMDT = 9, 11, 12, 25, 28, 29, 30, 31, 67
 FTRUNCATE, FALLOCATE, MEMFD_CREATE, EXIT_GROUP, EXECVE, KILL, VFORK = 77, 285, 319, 231, 59, 62, 58
 PIDFD_OPEN, PROCESS_MADVISE, WAIT4, CLOSE = 434, 440, 61, 3
 PROT_RW, SHARED, PRIVATE, FIXED, ANONYMOUS, NORESERVE = 3, 1, 2, 0x10, 0x20, 0x4000
@@ -579,6 +579,84 @@ def monitor_files(sandbox):
 def _fallocate(fd, mode, offset, length):
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length))
+
+
+@e2e()
+def monitor_system_v(sandbox):
+    """System V memory that is detached sends no event: found by comparison, its reason unknown."""
+    victim = Victim(sandbox)
+    segment = victim.call(0, SHMGET, 0, 16 * PAGE, 0o1600)  # IPC_PRIVATE, IPC_CREAT
+    at = victim.call(0, SHMAT, segment, AREA, 0)
+    victim.call(0, SHMCTL, segment, 0, 0)  # it goes with its last mapping
+    victim.map(AREA + GIB, PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    victim.call(1, MADVISE, at, PAGE, REMOVE)
+    victim.call(1, MUNMAP, AREA + GIB, PAGE)
+    tid = victim.tids[1]
+    monitor.expect(raw(victim.pid, tid, "remove", at, at + PAGE, "remove"),
+                   raw(victim.pid, tid, "unmap", AREA + GIB, AREA + GIB + PAGE, "munmap"))
+    victim.call(1, SHMDT, at)
+    monitor.expect(raw(victim.pid, 0, "unmap", at, at + 16 * PAGE, "unknown"))
+    monitor.nothing_more()
+    monitor.stop()
+
+
+@e2e()
+def monitor_unprivileged(sandbox):
+    """A process of an ordinary user, which may not make a full userfaultfd itself; many short-lived children."""
+    shell = sandbox.spawn(["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-c",
+                           "sleep 3; i=0; while [ $i -lt 100 ]; do (:); i=$((i+1)); done; exec true"],
+                          os.path.join(sandbox.path, "shell.log"))
+    monitor = Monitor(sandbox, shell.pid)
+    monitor.ends()
+    events = monitor.events()
+    forks = [event["child"] for event in events if event["event"] == "fork" and event["pid"] == shell.pid
+             and event["reason"] == "fork"]
+    # The first may have come before it was attached: `sleep`.
+    need(len(forks) in (100, 101), f"{len(forks)} forks")
+    need(forks.count(0) <= 2, "children are not found")
+    exits = [event["pid"] for event in events if event["event"] == "exit"]
+    need(sorted(exits) == sorted([child for child in forks if child] + [shell.pid]), "an exit for each fork")
+    need(exits[-1] == shell.pid, "its own is the last")
+
+
+@e2e()
+def monitor_orphans(sandbox):
+    """A child that is nobody's before it can be seen among the forking thread's: found by its memory."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    monitor = Monitor(sandbox, victim.pid)
+    other = child_of(victim, victim, 0, victim.child_pipes[0], monitor)
+    # CLONE_PARENT: the new process is a child of this test.
+    child_in, to_it, from_it, child_out = victim.child_pipes[1]
+    victim.tell(1, "orphan", child_in, child_out)
+    child = Obedient(to_it, from_it)
+    child.pid = victim.answer(1)
+    event = monitor.next(1)[0]
+    need(event["event"] == "fork" and event["child"] == child.pid, f"a fork of {child.pid}: {event}")
+    for each in (child, other):
+        each.call(0, MUNMAP, AREA, PAGE)
+        monitor.expect(raw(each.pid, each.pid, "unmap", AREA, AREA + PAGE, "munmap"))
+    child.tell(0, "call", 1, EXIT_GROUP, 0)
+    monitor.expect(raw(child.pid, 0, "exit", 0, 0, "exit"))
+    monitor.stop()
+
+
+@e2e()
+def monitor_more_children_than_descriptors(sandbox):
+    """With few descriptors it follows as many as it can, and keeps nobody waiting."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    monitor = Monitor(sandbox, victim.pid, wrap=("prlimit", "--nofile=70"))
+    for pipes in victim.child_pipes * 4:
+        victim.tell(0, "fork", pipes[0], pipes[3])
+        need(victim.answer(0) > 0, "a fork fails")
+    need("more forked children than can be followed" in wait_until(
+        lambda: "children" in monitor.text() and monitor.text(), LIMIT_S, "it says so"), "it says so")
+    need([event["event"] for event in monitor.next(16)] == ["fork"] * 16, "every fork is told")
+    victim.call(1, MUNMAP, AREA, PAGE)
+    monitor.expect(raw(victim.pid, victim.tids[1], "unmap", AREA, AREA + PAGE, "munmap"))
+    monitor.stop()
 
 
 @e2e()

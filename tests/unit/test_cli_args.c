@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "daemon/memferry/monitor_output.h"
 #include "daemon/memferry/progress.h"
 #include "daemon/memferry/show.h"
 #include "daemon/memferry/units.h"
@@ -318,9 +319,80 @@ static void test_rate(void **state)
     assert_true(rate.per_second <= 0);
 }
 
+static void test_process_of_monitor(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    struct mf_error err;
+    assert_int_equal(PARSE(&args, NULL, "monitor", "1234", "--json"), 0);
+    assert_int_equal(args.pid, 1234);
+    assert_true(args.json);
+    static char *const wrong[] = {"0", "-1", "+1", "1x", "vm1", "2147483648", "0x10", ""};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        assert_int_equal(PARSE(&args, &err, "monitor", wrong[i]), -EINVAL);
+        assert_int_equal(args.pid, 0);
+    }
+    assert_int_equal(PARSE(&args, &err, "monitor", "--json"), -EINVAL);
+    assert_non_null(strstr(err.text, "needs the id of a process"));
+    assert_int_equal(PARSE(&args, &err, "monitor", "1", "2"), -EINVAL);
+    assert_non_null(strstr(err.text, "one process at a time"));
+    assert_int_equal(PARSE(&args, &err, "monitor", "1", "--qmp", "q"), -EINVAL);
+}
+
+static void assert_ends(const char *line, const char *wanted)
+{
+    size_t length = strlen(line), wanted_length = strlen(wanted);
+    assert_true(length > wanted_length);
+    assert_string_equal(line + length - wanted_length, wanted);
+}
+
+static void test_lines_of_monitor(void **state)
+{
+    (void)state;
+    char line[MONITOR_LINE_BYTES];
+    struct mf_change change = {.time_us = 1700000000123456,
+                               .pid = 12,
+                               .tid = 34,
+                               .kind = MF_CHANGE_REMAP,
+                               .reason = MF_REASON_MREMAP,
+                               .start_addr = UINT64_C(0x7f0000000000),
+                               .end_addr = UINT64_C(0x7f0140000000),
+                               .to_addr = UINT64_C(0x7e0000000000)};
+    size_t length = monitor_json(&change, line);
+    assert_int_equal(length, strlen(line));
+    assert_string_equal(line, "{\"time_us\": 1700000000123456, \"pid\": 12, \"tid\": 34, "
+                              "\"event\": \"remap\", \"start\": 139637976727552, "
+                              "\"end\": 139643345436672, \"to\": 138538465099776, "
+                              "\"reason\": \"mremap\"}\n");
+    length = monitor_line(&change, line);
+    assert_int_equal(length, strlen(line));
+    assert_ends(line, ".123456       12       34  remap   7f0000000000-7f0140000000    5.0 GiB  "
+                      "mremap to 7e0000000000\n");
+    size_t reason_at = strlen(monitor_header()) - strlen("REASON\n");
+    assert_int_equal(strncmp(line + reason_at, "mremap", 6), 0);
+
+    change = (struct mf_change){
+        .pid = 12, .kind = MF_CHANGE_FORK, .reason = MF_REASON_FORK, .child = 99};
+    monitor_json(&change, line);
+    assert_ends(line, "\"to\": 0, \"reason\": \"fork\", \"child\": 99}\n");
+    monitor_line(&change, line);
+    assert_ends(line, "12        -  fork    -                                  -  fork of 99\n");
+
+    /* The longest there can be. */
+    memset(&change, 0xff, sizeof(change));
+    change.time_us = UINT64_MAX / 1000000;
+    change.pid = change.tid = change.child = INT_MIN;
+    change.kind = MF_CHANGE_REMAP;
+    change.reason = MF_REASON_MMAP_OVER;
+    assert_true(monitor_json(&change, line) < sizeof(line));
+    assert_true(monitor_line(&change, line) < sizeof(line));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_process_of_monitor),
+        cmocka_unit_test(test_lines_of_monitor),
         cmocka_unit_test(test_everything_of_migrate),
         cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_rounds_of_migrate),
