@@ -245,14 +245,22 @@ static long read_nr(void)
     return f && fscanf(f, "%ld", &value) == 1 ? value : -1;
 }
 
+/** meminfo() - a row of /proc/meminfo, e.g. "HugePages_Free". */
+static long meminfo(const char *name)
+{
+    long value = 0;
+    char line[128];
+    const size_t length = strlen(name);
+    cleanup_fclose FILE *f = fopen("/proc/meminfo", "re");
+    while (f && fgets(line, sizeof(line), f))
+        if (strncmp(line, name, length) == 0 && line[length] == ':')
+            value = strtol(line + length + 1, NULL, 10);
+    return value;
+}
+
 static long free_huge_pages(void)
 {
-    long value = -1;
-    char line[128];
-    cleanup_fclose FILE *f = fopen("/proc/meminfo", "re");
-    while (f && fgets(line, sizeof(line), f) && sscanf(line, "HugePages_Free: %ld", &value) != 1)
-        ;
-    return value;
+    return meminfo("HugePages_Free") - meminfo("HugePages_Rsvd");
 }
 
 static void write_nr(long value)
@@ -289,7 +297,8 @@ bool huge_pages_reserve(unsigned count)
     static const int fatal[] = {SIGTERM, SIGINT, SIGHUP, SIGABRT};
     for (size_t i = 0; i < sizeof(fatal) / sizeof(fatal[0]); i++)
         signal(fatal[i], put_back_and_die);
-    write_nr(nr_hugepages_before + count);
+    /* On top of what others hold beyond the setting ("surplus"), which would else be counted in. */
+    write_nr(meminfo("HugePages_Total") + (long)count);
     /* What another test has just given back may take a moment to be free. */
     bool free = false;
     for (int i = 0; i < 5000 && !(free = free_huge_pages() >= (long)count); i++)
