@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lib/process.h"
 #include "lib/control_message.h"
 #include "lib/util.h"
 
@@ -17,6 +18,20 @@ static void require(bool condition)
 {
     if (!condition)
         abort();
+}
+
+/* What memferryd copies into arrays, and runs. */
+static void check_process(const Memferry__Control__Process *process, const char *qmp_path)
+{
+    require(!qmp_path[0] && process->pid > 1 && process->pid <= INT32_MAX);
+    require(process->n_regions <= MF_CHOICES_MAX);
+    require(process->timeout_s <= MF_CONTROL_TIMEOUT_MAX_S);
+    require(strlen(process->save) < MF_CONTROL_COMMAND_MAX_BYTES);
+    for (size_t i = 0; i < process->n_regions; i++) {
+        struct mf_choice choice;
+        require(mf_name_valid(process->regions[i]->name));
+        require(strlen(process->regions[i]->what) < sizeof(choice.what));
+    }
 }
 
 static void try_request(const uint8_t *body, size_t body_bytes)
@@ -29,7 +44,10 @@ static void try_request(const uint8_t *body, size_t body_bytes)
     }
     if (request->verb_case == MEMFERRY__CONTROL__REQUEST__VERB_MIGRATE) {
         require(mf_name_valid(request->migrate->name));
-        require(request->migrate->qmp_path[0] == '/');
+        if (request->migrate->process)
+            check_process(request->migrate->process, request->migrate->qmp_path);
+        else
+            require(request->migrate->qmp_path[0] == '/');
         require(request->migrate->port <= UINT16_MAX);
         require(request->migrate->streams <= MF_CONTROL_STREAMS_MAX);
         require(mf_control_mode(request->migrate->mode) != NULL);
@@ -38,6 +56,12 @@ static void try_request(const uint8_t *body, size_t body_bytes)
         require(request->migrate->max_blackout_ms <= MF_CONTROL_BLACKOUT_MAX_MS);
         require(request->migrate->bandwidth_bits_s <= MF_CONTROL_BANDWIDTH_MAX_BITS_S);
         require(!request->migrate->fallback || strcmp(request->migrate->mode, "precopy") == 0);
+    }
+    if (request->verb_case == MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE) {
+        if (request->receive->process)
+            check_process(request->receive->process, request->receive->qmp_path);
+        else
+            require(request->receive->qmp_path[0] == '/');
     }
     if (request->verb_case == MEMFERRY__CONTROL__REQUEST__VERB_SET) {
         require(mf_name_valid(request->set->name));

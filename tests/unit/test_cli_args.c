@@ -40,6 +40,31 @@ static void test_everything_of_migrate(void **state)
     assert_true(args.json && args.detach && args.keep_source);
 }
 
+static void test_a_process(void **state)
+{
+    (void)state;
+    struct cli_args args;
+    struct mf_error err;
+    assert_int_equal(PARSE(&args, &err, "migrate", "db", "--pid", "4711", "--pause", "p", "--save",
+                           "s", "--load", "l", "--resume=r x", "--timeout", "30", "--region",
+                           "a=memfd:a", "--region", "b=/dev/shm/b", "--to", "b"),
+                     0);
+    assert_int_equal(args.process.pid, 4711);
+    assert_string_equal(args.process.pause, "p");
+    assert_string_equal(args.process.save, "s");
+    assert_string_equal(args.process.load, "l");
+    assert_string_equal(args.process.resume, "r x");
+    assert_int_equal(args.process.timeout_s, 30);
+    assert_int_equal(args.process.region_count, 2);
+    assert_string_equal(args.process.region[1].name, "b");
+    assert_string_equal(args.process.region[1].what, "/dev/shm/b");
+    assert_null(args.qmp_path);
+    assert_int_equal(PARSE(&args, &err, "receive", "db", "--pid", "4711", "--load", "true"), 0);
+    assert_string_equal(args.process.pause, "");
+    assert_int_equal(PARSE(&args, &err, "check", "--pid", "4711", "--region", "a=0x1000"), 0);
+    assert_int_equal(args.process.region_count, 1);
+}
+
 static void test_defaults(void **state)
 {
     (void)state;
@@ -394,6 +419,7 @@ int main(void)
         cmocka_unit_test(test_process_of_monitor),
         cmocka_unit_test(test_lines_of_monitor),
         cmocka_unit_test(test_everything_of_migrate),
+        cmocka_unit_test(test_a_process),
         cmocka_unit_test(test_defaults),
         cmocka_unit_test(test_rounds_of_migrate),
         cmocka_unit_test(test_set_and_switch),

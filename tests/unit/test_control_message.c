@@ -11,6 +11,7 @@
 
 #include "lib/control_message.h"
 #include "lib/endpoint.h"
+#include "lib/process.h"
 #include "lib/util.h"
 
 static Memferry__Control__MigrateRequest good_migrate(void)
@@ -113,6 +114,72 @@ static void test_migrate_is_checked(void **state)
     m = good_migrate();
     m.name = (char *)"../vm1";
     assert_int_equal(migrate_through(&m, &err), -EINVAL);
+}
+
+static void test_process_is_checked(void **state)
+{
+    (void)state;
+    struct mf_error err;
+    char long_command[MF_CONTROL_COMMAND_MAX_BYTES + 1];
+    memset(long_command, 'x', sizeof(long_command));
+    long_command[sizeof(long_command) - 1] = '\0';
+    Memferry__Control__RegionChoice region = MEMFERRY__CONTROL__REGION_CHOICE__INIT;
+    Memferry__Control__RegionChoice *regions[MF_CHOICES_MAX + 1];
+    for (size_t i = 0; i <= MF_CHOICES_MAX; i++)
+        regions[i] = &region;
+    region.name = (char *)"heap";
+    region.what = (char *)"memfd:heap";
+    Memferry__Control__Process good = MEMFERRY__CONTROL__PROCESS__INIT;
+    good.pid = 1234;
+    good.save = (char *)"save";
+    good.timeout_s = MF_CONTROL_TIMEOUT_MAX_S;
+    good.regions = regions;
+    good.n_regions = 1;
+    Memferry__Control__Process process = good;
+    Memferry__Control__MigrateRequest m = good_migrate();
+    m.process = &process;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL); /* a QEMU as well */
+    assert_non_null(strstr(err.text, "do not go together"));
+    m.qmp_path = (char *)"";
+    assert_int_equal(migrate_through(&m, &err), 0);
+    process.pid = 1;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    process.pid = UINT32_MAX;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    process = good;
+    process.save = (char *)"";
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    assert_non_null(strstr(err.text, "--save"));
+    process = good;
+    process.resume = long_command;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    process = good;
+    process.timeout_s++;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    process = good;
+    process.n_regions = MF_CHOICES_MAX + 1;
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    process = good;
+    region.name = (char *)"a=b";
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    region.name = (char *)"heap";
+    region.what = (char *)"relative";
+    assert_int_equal(migrate_through(&m, &err), -EINVAL);
+    region.what = (char *)"anon:heap";
+    assert_int_equal(migrate_through(&m, &err), 0);
+
+    Memferry__Control__ReceiveRequest receive = MEMFERRY__CONTROL__RECEIVE_REQUEST__INIT;
+    Memferry__Control__Request request = MEMFERRY__CONTROL__REQUEST__INIT;
+    request.verb_case = MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE;
+    request.receive = &receive;
+    receive.name = (char *)"vm1";
+    receive.process = &process;
+    assert_int_equal(through(&request, &err), -EINVAL);
+    assert_non_null(strstr(err.text, "--load"));
+    process.load = (char *)"load";
+    assert_int_equal(through(&request, &err), 0);
+    receive.process = NULL;
+    assert_int_equal(through(&request, &err), -EINVAL); /* neither */
 }
 
 static void test_rounds_are_checked(void **state)
@@ -268,6 +335,7 @@ int main(void)
         cmocka_unit_test(test_whole_only_when_all_is_there),
         cmocka_unit_test(test_length_is_limited),
         cmocka_unit_test(test_migrate_is_checked),
+        cmocka_unit_test(test_process_is_checked),
         cmocka_unit_test(test_rounds_are_checked),
         cmocka_unit_test(test_bandwidth_is_checked),
         cmocka_unit_test(test_names_of_every_verb),
