@@ -79,7 +79,7 @@ class Relay:
       kinds (wire.CONTROL...), after their preambles; stalled_streams: of bulk connections those of these
       numbers; delay_s: hold everything that long,
       corrupt_after: {connection: byte offset} flip one bit of what the client sends,
-      cut_after: {connection: byte offset} close there.
+      cut_after: {connection: byte offset} close there; cut_kinds_after: {kind: byte offset} likewise.
     """
 
     def __init__(self, sandbox, namespace, target, port=7466):
@@ -89,6 +89,7 @@ class Relay:
         self.delay_s = 0.0
         self.corrupt_after = {}
         self.cut_after = {}
+        self.cut_kinds_after = {}
         self.accepted = 0
         self._namespace = namespace
         self._target = target
@@ -156,7 +157,7 @@ class Relay:
                 pass
 
     def _spoil(self, data, number, passed):
-        cut = self.cut_after.get(number)
+        cut = self.cut_after.get(number, self.cut_kinds_after.get(self._kinds.get(number)))
         if cut is not None and passed + len(data) > cut:
             raise ConnectionAbortedError
         corrupt = self.corrupt_after.get(number)
