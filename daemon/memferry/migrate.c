@@ -255,11 +255,11 @@ int verb_migrate(const struct cli_args *args)
 {
     struct migration m = {.args = args, .watch.fd = -1, .cancel.fd = -1, .signal_fd = -1};
     progress_open(&m.progress, !args->json && !args->detach);
+    cleanup_free char *qmp_path = NULL;
     struct verb_target target;
     struct mf_error err;
-    if (verb_target(args, &target, &err) < 0)
+    if (verb_target(args, &target, &qmp_path, &err) < 0)
         return leave(&m, CLI_FAILED, err.text);
-    cleanup_free char *qmp_path = target.qmp_path;
 
     sigset_t signals;
     sigemptyset(&signals);

@@ -7,15 +7,15 @@
 
 int verb_receive(const struct cli_args *args)
 {
+    cleanup_free char *qmp_path = NULL;
     struct verb_target target;
     struct mf_error err;
-    if (verb_target(args, &target, &err) < 0)
+    if (verb_target(args, &target, &qmp_path, &err) < 0)
         return verb_complain(CLI_FAILED, err.text);
-    cleanup_free char *qmp_path = target.qmp_path;
 
     Memferry__Control__ReceiveRequest receive = MEMFERRY__CONTROL__RECEIVE_REQUEST__INIT;
     receive.name = (char *)args->name;
-    receive.qmp_path = qmp_path;
+    receive.qmp_path = target.qmp_path;
     receive.process = target.process_p;
     Memferry__Control__Request request = MEMFERRY__CONTROL__REQUEST__INIT;
     request.verb_case = MEMFERRY__CONTROL__REQUEST__VERB_RECEIVE;

@@ -199,16 +199,18 @@ int verb_fail(const struct cli_args *args, int code, const char *sentence)
     return verb_complain(code, sentence);
 }
 
-int verb_target(const struct cli_args *args, struct verb_target *out, struct mf_error *err)
+int verb_target(const struct cli_args *args, struct verb_target *out, char **owned,
+                struct mf_error *err)
 {
     const struct cli_process *process = &args->process;
+    static char none[] = "";
     out->process_p = NULL;
-    out->qmp_path = NULL;
-    if (args->qmp_path)
-        return cli_absolute(args->qmp_path, &out->qmp_path, err);
-    out->qmp_path = strdup("");
-    if (!out->qmp_path)
-        return mf_fail(err, ENOMEM, "out of memory");
+    out->qmp_path = none;
+    if (args->qmp_path) {
+        int rc = cli_absolute(args->qmp_path, owned, err);
+        out->qmp_path = *owned;
+        return rc;
+    }
     memferry__control__process__init(&out->process);
     out->process.pid = process->pid;
     out->process.pause = (char *)(uintptr_t)process->pause;

@@ -32,16 +32,17 @@ int verb_fail(const struct cli_args *args, int code, const char *sentence);
 int verb_simple(const struct cli_args *args, const Memferry__Control__Request *request,
                 int timeout_ms, const char *success);
 
-/** struct verb_target - what a request says about the VM or process. Points into the arguments;
- * @qmp_path is owned. */
+/** struct verb_target - what a request says about the VM or process. Points into the arguments. */
 struct verb_target {
     char *qmp_path; /**< absolute; "" with a process */
     Memferry__Control__Process process, *process_p;
     Memferry__Control__RegionChoice region[MF_CHOICES_MAX], *region_p[MF_CHOICES_MAX];
 };
 
-/** verb_target() - from the command line. Return: 0 or -errno; free @out->qmp_path afterwards. */
-int verb_target(const struct cli_args *args, struct verb_target *out, struct mf_error *err);
+/** verb_target() - from the command line. @owned: what @out->qmp_path points to, malloc'ed, the
+ * caller's. Return: 0 or -errno. */
+int verb_target(const struct cli_args *args, struct verb_target *out, char **owned,
+                struct mf_error *err);
 
 /** verb_reply_code() - the exit code of a last reply: its own, and never 0 with an error. */
 int verb_reply_code(const Memferry__Control__Reply *reply);

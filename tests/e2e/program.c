@@ -594,8 +594,12 @@ static int ask(const char *path, const char *verb)
         ssize_t n;
         while (data && (n = read(STDIN_FILENO, data + have, room - have)) > 0) {
             have += (size_t)n;
-            if (have == room)
-                data = realloc(data, room *= 2);
+            if (have == room) {
+                uint8_t *more = realloc(data, room *= 2);
+                if (!more)
+                    die("memory for the state");
+                data = more;
+            }
         }
         bytes = have;
         if (!data || mf_write_all(fd, &bytes, sizeof(bytes)) < 0)
