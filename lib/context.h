@@ -20,6 +20,7 @@
 struct mf_context {
     int uffd;            /**< -1: this place is free */
     int maps_fd;         /**< its /proc/PID/maps, -1: not known */
+    pid_t pid;           /**< for its owner: whose it is, 0: not known */
     bool child;          /**< came by a fork */
     bool leaving;        /**< for its owner: it is being dropped */
     unsigned maps_tries; /**< for its owner: maps_fd was asked for in vain so often */

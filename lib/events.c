@@ -321,18 +321,20 @@ static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t 
     }
 }
 
-static void forked(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
+/* Return: the new context, UINT32_MAX: none. */
+static uint32_t forked(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
 {
     const int uffd = (int)message->arg.fork.ufd;
     const int index = mf_contexts_add(events->contexts, uffd, -1, true);
     if (index < 0) {
         /* Closing it would let the child read zeros, so it stays open, and the child waits. */
         mf_log(MF_LOG_ERR, "no room to follow a process that was forked: it will wait for ever");
-        return;
+        return UINT32_MAX;
     }
     inherit_private(events, context, (uint32_t)index);
     if (events->ops->forked)
         events->ops->forked(events->arg, context, (uint32_t)index);
+    return (uint32_t)index;
 }
 
 static void apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
@@ -340,6 +342,7 @@ static void apply_event(struct mf_events *events, uint32_t context, const struct
     const int uffd = uffd_of(events, context);
     const uint64_t start = message->arg.remove.start, end = message->arg.remove.end;
     struct mf_range dropped[1];
+    uint32_t child = UINT32_MAX;
     switch (message->event) {
     case UFFD_EVENT_REMOVE:
         discard_range(events, context, start, end,
@@ -356,11 +359,14 @@ static void apply_event(struct mf_events *events, uint32_t context, const struct
         remapped(events, context, message);
         break;
     case UFFD_EVENT_FORK:
-        forked(events, context, message);
+        child = forked(events, context, message);
         break;
     default:
         mf_log(MF_LOG_WARNING, "a userfaultfd message of unknown kind %#x", message->event);
+        return;
     }
+    if (events->ops->changed)
+        events->ops->changed(events->arg, context, message, child);
 }
 
 static void queue_fault(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
@@ -379,14 +385,14 @@ static void queue_fault(struct mf_events *events, uint32_t context, const struct
 static int read_all(struct mf_events *events, uint32_t context)
 {
     struct uffd_msg messages[MESSAGES_A_READ];
-    unsigned observed = 0;
     int event = 0;
+    events->observed = 0;
     for (;;) {
         size_t room = sizeof(messages);
         /* One event at a time if it matters who sent it: who sends the next may not be seen yet. */
         if (events->ops->observe && mf_uffd_event_pending(uffd_of(events, context)) > 0) {
-            if (observed == 0)
-                observed = events->ops->observe(events->arg, context);
+            if (events->observed == 0)
+                events->observed = events->ops->observe(events->arg, context);
             room = sizeof(messages[0]);
         }
         ssize_t n = read(uffd_of(events, context), messages, room);
@@ -401,9 +407,9 @@ static int read_all(struct mf_events *events, uint32_t context)
                 queue_fault(events, context, &messages[i]);
                 continue;
             }
+            events->observed -= events->observed > 0;
             apply_event(events, context, &messages[i]);
             event = 1;
-            observed -= observed > 0;
         }
         /* Fewer than there was room for: the kernel stopped at its own EAGAIN. */
         if (n < (ssize_t)room)

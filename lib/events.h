@@ -44,6 +44,7 @@
 #include "lib/gate.h"
 #include "lib/layout.h"
 #include "lib/region.h"
+#include "lib/uapi.h"
 
 #define MF_FAULTS_ROOM 1024u /**< faults read but not served yet */
 #define MF_PARKED_ROOM 256u
@@ -79,6 +80,9 @@ struct mf_events_ops {
     unsigned (*observe)(void *arg, uint32_t context);
     /** removed: what a REMOVE event over [@start_addr, @end_addr) does. NULL: it removes. */
     enum mf_removed (*removed)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);
+    /** changed: @message, an event, has taken effect. @child: the context that a fork brought, else
+     * UINT32_MAX. From mf_events_read(), as discard. May be NULL. */
+    void (*changed)(void *arg, uint32_t context, const struct uffd_msg *message, uint32_t child);
     /** forked: @context is new. May be NULL. */
     void (*forked)(void *arg, uint32_t parent, uint32_t context);
     /** maps: open the maps of @context, in which thread @tid waits at @addr. Return: a descriptor,
@@ -96,6 +100,10 @@ struct mf_events {
     const struct mf_region *region; /**< all regions, by index */
     unsigned region_count;
 
+    /** How many events may still be read before `observe` is asked again. `removed` may set it to
+     * 0.
+     */
+    unsigned observed;
     bool serving;
     unsigned fault_count, parked_count;
     struct mf_fault fault[MF_FAULTS_ROOM];

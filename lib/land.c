@@ -31,10 +31,14 @@
 
 int land_punch(const struct mf_region *region, uint64_t first, uint64_t pages)
 {
-    return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                     (off_t)(first * region->page_bytes), (off_t)(pages * region->page_bytes)) == 0
-               ? 0
-               : -errno;
+    if (region->fd < 0)
+        return 0; /* private memory without a file to wait in */
+    int r;
+    do
+        r = fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      (off_t)(first * region->page_bytes), (off_t)(pages * region->page_bytes));
+    while (r != 0 && errno == EINTR);
+    return r == 0 ? 0 : -errno;
 }
 
 void land_finish_discard(const struct mf_lander *lander, uint32_t region, uint64_t page)

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/observe.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "lib/util.h"
 
@@ -142,36 +143,49 @@ static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
     return SEEN_WAITING;
 }
 
+/** struct dirent64_head - what getdents64(2) gives, before the name. */
+struct dirent64_head {
+    uint64_t inode;
+    int64_t offset;
+    uint16_t length_bytes;
+    uint8_t type;
+};
+#define DIRENT_NAME 19 /**< where the name begins */
+
 /** look() - at all threads once. @woken: how many are about to wait again, or to go on. Return: how
- * many wait (at most @max were written), or -errno. */
+ * many wait (at most @max were written), or -errno.
+ * Not by readdir(3), which allocates: a process that looks at itself may have a thread in fork(3),
+ * which holds the allocator's locks until its event is read. */
 static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max, size_t *woken)
 {
     *woken = 0;
-    int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    cleanup_close int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (task < 0)
         return errno == ENOENT ? -ESRCH : -errno;
-    cleanup_closedir DIR *dir = fdopendir(task);
-    if (!dir) {
-        close(task);
-        return -ENOMEM;
-    }
+    _Alignas(8) char entries[4096];
     size_t count = 0;
     struct mf_blocked one;
-    for (struct dirent *entry; (entry = readdir(dir));) {
-        pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
-        if (tid <= 0)
-            continue;
-        int rc = look_at(proc_fd, tid, &one);
-        if (rc == -ENOENT || rc == -ESRCH)
-            continue; /* it has ended */
-        if (rc < 0)
-            return rc;
-        *woken += rc == SEEN_WOKEN;
-        if (rc != SEEN_WAITING)
-            continue;
-        if (count < max)
-            blocked[count] = one;
-        count++;
+    for (long length; (length = syscall(SYS_getdents64, task, entries, sizeof(entries))) != 0;) {
+        if (length < 0)
+            return errno == ENOENT ? -ESRCH : -errno;
+        struct dirent64_head head;
+        for (const char *at = entries; at < entries + length; at += head.length_bytes) {
+            memcpy(&head, at, sizeof(head));
+            pid_t tid = (pid_t)strtol(at + DIRENT_NAME, NULL, 10);
+            if (tid <= 0)
+                continue;
+            int rc = look_at(proc_fd, tid, &one);
+            if (rc == -ENOENT || rc == -ESRCH)
+                continue; /* it has ended */
+            if (rc < 0)
+                return rc;
+            *woken += rc == SEEN_WOKEN;
+            if (rc != SEEN_WAITING)
+                continue;
+            if (count < max)
+                blocked[count] = one;
+            count++;
+        }
     }
     return (ssize_t)count;
 }

@@ -15,7 +15,7 @@
  * from somebody whom the second one saw.
  *
  * Needs ptrace access to the process (ptrace(2): PTRACE_MODE_ATTACH_FSCREDS, so CAP_SYS_PTRACE for
- * anybody else's). Thread-safe.
+ * anybody else's). Thread-safe. Nothing here allocates or takes a lock.
  */
 #pragma once
 

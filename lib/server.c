@@ -168,17 +168,16 @@ static void on_fork(void *argument, uint32_t parent, uint32_t context)
 /* Of a thread that waits for a page, so its process is alive. */
 static int on_maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
 {
-    (void)argument;
-    (void)context;
+    struct memferry_server *s = argument;
     (void)addr;
     char path[48];
     snprintf(path, sizeof(path), "/proc/%d/maps", tid);
     int fd = tid > 0 ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    struct mf_context *of = mf_context_at(&s->contexts, context);
+    if (fd >= 0 && !of->pid)
+        of->pid = tid; /* as good as its process's number: /proc/TID shows all threads of that */
     return fd >= 0 ? fd : -ENOENT;
 }
-
-static const struct mf_events_ops events_ops = {
-    .fault = on_fault, .discard = server_discard, .forked = on_fork, .maps = on_maps};
 
 /* Nothing tells of an exit. */
 static void look_for_gone_children(struct memferry_server *s)
@@ -494,7 +493,14 @@ int memferry_server_new(const struct memferry_server_options *options,
     s->lander.resolver.on_event = on_event;
     s->lander.resolver.arg = s;
     s->lander.by_mapping = true;
-    s->events.ops = &events_ops;
+    s->events_ops = (struct mf_events_ops){.fault = on_fault,
+                                           .discard = server_discard,
+                                           .changed = server_changed,
+                                           .forked = on_fork,
+                                           .maps = on_maps};
+    if (s->options.on_change)
+        s->events_ops.observe = server_observe;
+    s->events.ops = &s->events_ops;
     s->events.arg = s;
     s->events.layout = &s->layout;
     s->events.region = s->region;

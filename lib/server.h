@@ -4,6 +4,7 @@
  *
  *   server.c         options, the serving thread and its loop, faults and events
  *   server_layout.c  contexts, regions, mappings
+ *   server_reason.c  why the layout changed
  *   server_fill.c    pages that come in, and what became of them
  *   provider_*.c     the providers that come with the library
  *
@@ -22,6 +23,7 @@
 #include "lib/events.h"
 #include "lib/include/memferry.h"
 #include "lib/land.h"
+#include "lib/observe.h"
 
 #define SERVER_LANES 8u
 
@@ -32,6 +34,26 @@ struct server_job {
     void *arg;
     int result;
     bool done;
+};
+
+#define SERVER_BLOCKED 64u
+#define SERVER_FORKERS 8u
+
+#define SERVER_CHILDREN_BYTES 2048u
+
+/** struct server_forker - a thread in fork(2), and the children it had before. */
+struct server_forker {
+    pid_t tid;
+    char before[SERVER_CHILDREN_BYTES];
+};
+
+/** struct server_reasons - what was seen before the events that are being read. */
+struct server_reasons {
+    uint32_t context;
+    size_t blocked_count, forker_count;
+    struct mf_blocked blocked[SERVER_BLOCKED];
+    struct server_forker forker[SERVER_FORKERS];
+    struct mf_change removed; /**< of the REMOVE that is being applied */
 };
 
 struct memferry_server {
@@ -48,6 +70,8 @@ struct memferry_server {
     struct mf_contexts contexts; /**< changed with the turn and the gate closed */
 
     struct mf_events events;
+    struct mf_events_ops events_ops;
+    struct server_reasons reasons;
     struct mf_lander lander; /**< the serving thread's */
     uint8_t *scratch;        /**< where a provider may put what it was asked for */
     uint64_t scratch_bytes;
@@ -135,3 +159,10 @@ void server_discard(void *server, uint32_t region, uint64_t first, uint64_t page
 /** server_check_run() - are these pages of a region? Return: 0, or -EINVAL with a sentence. */
 int server_check_run(const struct memferry_server *server, uint32_t region, uint64_t first,
                      uint64_t pages);
+
+/* ---- server_reason.c: struct mf_events_ops, @server ---- */
+
+unsigned server_observe(void *server, uint32_t context);
+enum mf_removed server_removed(void *server, uint32_t context, uint64_t start_addr,
+                               uint64_t end_addr);
+void server_changed(void *server, uint32_t context, const struct uffd_msg *message, uint32_t child);

@@ -18,6 +18,7 @@
 
 struct new_context {
     int fd, maps_fd;
+    pid_t pid;
 };
 
 static int add_context(struct memferry_server *s, void *argument)
@@ -31,6 +32,7 @@ static int add_context(struct memferry_server *s, void *argument)
     if (context < 0)
         return server_fail(-context, "no room for another context: %s", strerror(-context));
     s->own_contexts++;
+    mf_context_at(&s->contexts, (uint32_t)context)->pid = made->pid;
     int r = server_watch(s, (uint32_t)context, true);
     if (r < 0) {
         mf_gate_close(&s->gate);
@@ -45,9 +47,9 @@ static int add_context(struct memferry_server *s, void *argument)
 }
 
 /* Hand over two descriptors; they are gone in any case. */
-static int give_context(struct memferry_server *s, int *fd, int *maps_fd)
+static int give_context(struct memferry_server *s, int *fd, int *maps_fd, pid_t pid)
 {
-    struct new_context made = {*fd, *maps_fd};
+    struct new_context made = {*fd, *maps_fd, pid};
     int r = server_do(s, add_context, &made);
     if (r >= 0 || r == -EIO) {
         mf_steal_fd(fd);
@@ -79,7 +81,7 @@ int memferry_context_open(struct memferry_server *s)
     cleanup_close int maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
     if (r == 0 && maps_fd < 0)
         r = server_fail(errno, "cannot open /proc/self/maps: %s", strerror(errno));
-    return r < 0 ? r : give_context(s, &fd, &maps_fd);
+    return r < 0 ? r : give_context(s, &fd, &maps_fd, getpid());
 }
 
 int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
@@ -107,7 +109,7 @@ int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
         if (maps_fd < 0)
             return server_fail(errno, "cannot open %s: %s", path, strerror(errno));
     }
-    return r < 0 ? r : give_context(s, &fd, &maps_fd);
+    return r < 0 ? r : give_context(s, &fd, &maps_fd, pid);
 }
 
 /* ---- regions ---- */
@@ -263,6 +265,11 @@ static int add_region(struct memferry_server *s, void *argument)
     atomic_fetch_add(&s->missing_pages, missing);
     atomic_store(&s->region_count, index + 1);
     s->events.region_count = index + 1;
+    if (s->region[index].kind != MF_MEMORY_PRIVATE &&
+        !(s->options.flags & MEMFERRY_REMOVE_DISCARDS)) {
+        s->events_ops.observe = server_observe;
+        s->events_ops.removed = server_removed;
+    }
     return (int)index;
 }
 

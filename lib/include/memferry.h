@@ -69,8 +69,8 @@ enum memferry_change_kind {
     MEMFERRY_FORK = 4,   /**< the address space was copied; the copy is context new_context */
 };
 
-/** Why. MEMFERRY_UNKNOWN is always possible: the kernel does not say, and what it does not say is
- * found out only where that is certain. A later version may know more reasons. */
+/** Why. MEMFERRY_UNKNOWN is always possible: the kernel does not say, and it is told only where it
+ * was seen which system call it was. A later version may know more reasons. */
 enum memferry_reason {
     MEMFERRY_UNKNOWN = 0,
     MEMFERRY_BY_MUNMAP = 1,
@@ -92,6 +92,8 @@ struct memferry_change {
                                       served */
     uint64_t to_addr;              /**< REMAP: where start_addr is now */
     uint64_t time_ns;              /**< when the event was read */
+    int32_t tid;                   /**< the thread that did it, 0: not known */
+    int32_t child_pid;             /**< FORK: the child, 0: not known */
 };
 
 /** struct memferry_failure - pages that a provider or the kernel could not give. */
@@ -127,12 +129,19 @@ struct memferry_server_options {
     /** spin_us: after a fault look for the next one for so long before going to sleep. It saves
      * wake-ups (half of a fault's time) and costs a processor. */
     uint32_t spin_us;
-    uint32_t flags; /**< MEMFERRY_FOLLOW_FORKS */
+    uint32_t flags; /**< MEMFERRY_FOLLOW_FORKS, MEMFERRY_REMOVE_DISCARDS */
 };
 
 /** Children of fork(2) are served as well. Needs CAP_SYS_PTRACE, and the child waits for the server
- * while it is being made. Without it a child finds zeros where its parent would have waited. */
+ * while it is being made. Without it a child finds zeros where its parent would have waited.
+ * Where the serving process serves itself, no callback may allocate memory, use stdio or take any
+ * other lock that fork(2) holds (pthread_atfork(3)): the fork waits for the server. */
 #define MEMFERRY_FOLLOW_FORKS 0x1u
+/** Every REMOVE event discards the pages. Without this it is looked whether it was MADV_DONTNEED,
+ * which leaves a file's pages as they are: before an event is read the process's threads are looked
+ * at in /proc (some 10 microseconds a thread; for another process this takes CAP_SYS_PTRACE or its
+ * user), and each read costs one system call more. What could not be seen counts as discarded. */
+#define MEMFERRY_REMOVE_DISCARDS 0x2u
 
 /* ---- server --------------------------------------------------------------------------------- */
 

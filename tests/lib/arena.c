@@ -16,7 +16,7 @@
 
 #include "tests/kernel/area.h"
 
-#define PATIENCE_S 60
+#define PATIENCE_S 20
 
 void must_be(bool condition, const char *what, const char *file, int line)
 {

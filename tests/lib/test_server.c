@@ -726,5 +726,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(misuse_is_refused_with_a_sentence),
     };
     memory = arena_memory(argc, argv, 24);
+    if (argc > 2) /* only these */
+        cmocka_set_test_filter(argv[2]);
     return cmocka_run_group_tests_name("server", tests, NULL, NULL);
 }
