@@ -40,6 +40,7 @@ void mf_contexts_drop(struct mf_contexts *contexts, uint32_t index)
     close(context->uffd);
     if (context->maps_fd >= 0)
         close(context->maps_fd);
+    mf_zeros_free(context->zeros);
     *context = (struct mf_context){.uffd = -1, .maps_fd = -1};
     contexts->used--;
     while (contexts->count > 0 && place(contexts, contexts->count - 1)->uffd < 0)

@@ -12,18 +12,21 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "lib/zeros.h"
+
 #define MF_CONTEXT_CHUNK 64u
 #define MF_CONTEXT_CHUNKS 1024u
 #define MF_CONTEXTS_MAX (MF_CONTEXT_CHUNK * MF_CONTEXT_CHUNKS)
 
 /** struct mf_context - one address space. Owns its descriptors. */
 struct mf_context {
-    int uffd;            /**< -1: this place is free */
-    int maps_fd;         /**< its /proc/PID/maps, -1: not known */
-    pid_t pid;           /**< for its owner: whose it is, 0: not known */
-    bool child;          /**< came by a fork */
-    bool leaving;        /**< for its owner: it is being dropped */
-    unsigned maps_tries; /**< for its owner: maps_fd was asked for in vain so often */
+    int uffd;               /**< -1: this place is free */
+    int maps_fd;            /**< its /proc/PID/maps, -1: not known */
+    pid_t pid;              /**< for its owner: whose it is, 0: not known */
+    bool child;             /**< came by a fork */
+    bool leaving;           /**< for its owner: it is being dropped */
+    struct mf_zeros *zeros; /**< owned; private pages that were discarded here alone */
+    unsigned maps_tries;    /**< for its owner: maps_fd was asked for in vain so often */
 };
 
 /** struct mf_contexts - zeroed is empty. */

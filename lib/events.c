@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "lib/log.h"
+#include "lib/resolve.h"
 #include "lib/uapi.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -156,7 +157,8 @@ static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
     struct mf_vma vma;
     struct mf_mapping behind;
     struct mf_range dropped[2];
-    if (!has_private(events) || events->layout->overflowed || !context || context->maps_fd < 0)
+    if (!has_private(events) || events->layout->overflowed || events->limbo.count > 0 || !context ||
+        context->maps_fd < 0)
         return false;
     mf_gate_close(events->gate);
     const uint64_t addr = fault->addr & ~UINT64_C(4095);
@@ -196,7 +198,7 @@ static void serve(struct mf_events *events, const struct mf_fault *fault)
             let_fault_again(events, fault);
         return;
     }
-    if (mapping.region == MF_REGION_ZEROS) {
+    if (mf_resolve_reads_as_zeros(events->region, events->contexts, &mapping, fault->addr)) {
         events->ops->fault(events->arg, fault, MF_REGION_ZEROS, 0);
         return;
     }
@@ -222,16 +224,6 @@ static void no_room(void)
            MF_LAYOUT_MAX);
 }
 
-static void make_zeros(struct mf_events *events, uint32_t context, uint32_t region, uint64_t start,
-                       uint64_t end)
-{
-    struct mf_range dropped[1];
-    if (mf_layout_zeros(events->layout, context, region, start, end) == 0)
-        return;
-    no_room();
-    mf_layout_unmap(events->layout, context, start, end, dropped);
-}
-
 /* Is a part of a private region's pages mapped by anybody beside @except? Then each has or misses
  * pages of its own, and what one discards the other keeps. */
 static bool mapped_elsewhere(const struct mf_events *events, const struct mf_mapping *except,
@@ -239,6 +231,8 @@ static bool mapped_elsewhere(const struct mf_events *events, const struct mf_map
 {
     struct mf_range range;
     uint32_t cursor = 0;
+    if (atomic_load_explicit(&events->layout->owed, memory_order_relaxed))
+        return true; /* perhaps */
     while (
         mf_layout_next(events->layout, except->region, offset_bytes, length_bytes, &cursor, &range))
         if (range.context != except->context ||
@@ -247,17 +241,25 @@ static bool mapped_elsewhere(const struct mf_events *events, const struct mf_map
     return false;
 }
 
-/* The pages of private memory went along: what stays mapped at the old place (MREMAP_DONTUNMAP;
- * else an UNMAP follows) reads as zeros. */
-static void leave_zeros(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+/* What one of several discards reads as zeros for it alone. */
+static void discard_here(struct mf_events *events, uint32_t context, uint32_t region,
+                         uint64_t offset_bytes, uint64_t length_bytes)
 {
-    struct mf_mapping m;
-    for (uint64_t at = start;
-         mf_layout_from(events->layout, context, at, &m) && m.start_addr < end;) {
-        at = m.start_addr + m.length_bytes;
-        if (m.region != MF_REGION_ZEROS && is_private(events, &m))
-            make_zeros(events, context, m.region, start, end);
-    }
+    const struct mf_region *r = &events->region[region];
+    struct mf_context *at = mf_context_at(events->contexts, context);
+    struct mf_range range, dropped[1];
+    uint32_t cursor = 0;
+    if (!at || mf_zeros_set(&at->zeros, region, r->pages, offset_bytes / r->page_bytes,
+                            length_bytes / r->page_bytes) == 0)
+        return;
+    no_room();
+    while (mf_layout_next(events->layout, region, offset_bytes, length_bytes, &cursor, &range))
+        if (range.context == context) {
+            mf_layout_unmap(events->layout, context, range.start_addr,
+                            range.start_addr + range.length_bytes, dropped);
+            cursor = 0; /* entries have moved */
+        }
+    events->layout->overflowed = true;
 }
 
 /* @files: not only of private memory, which has nowhere to keep what it discards. */
@@ -279,7 +281,7 @@ static void discard_range(struct mf_events *events, uint32_t context, uint64_t s
         if (m.region == MF_REGION_ZEROS || (!files && !is_private(events, &m))) {
             /* stays as it is */
         } else if (is_private(events, &m) && mapped_elsewhere(events, &m, offset_bytes, to - at)) {
-            make_zeros(events, context, m.region, at, to);
+            discard_here(events, context, m.region, offset_bytes, to - at);
         } else {
             const uint64_t page_bytes = events->region[m.region].page_bytes;
             const uint64_t first = offset_bytes / page_bytes;
@@ -294,21 +296,44 @@ static void remapped(struct mf_events *events, uint32_t context, const struct uf
 {
     const uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
     uint64_t length_bytes = message->arg.remap.len;
-    struct mf_mapping mapping;
     /* Memory without a file can't be known again at its new place. */
-    if (mf_layout_find(events->layout, context, from, &mapping) && is_private(events, &mapping)) {
-        if (mf_layout_remap(events->layout, context, from, to, length_bytes) < 0)
-            no_room();
-        leave_zeros(events, context, from, from + length_bytes);
+    bool files = true;
+    if (has_private(events) &&
+        mf_limbo_remap(&events->limbo, events->layout, context, from, to, length_bytes, &files) < 0)
+        no_room();
+    if (!files && length_bytes)
         return;
-    }
     /* An old length of 0 makes a second mapping of the same. */
     learn(events, context, to, to + (length_bytes ? length_bytes : 1));
+}
+
+/* Children that are gone are dropped now and then; but where many are forked, what is known of them
+ * must not take the room of what others map. */
+static void forget_gone(struct mf_events *events)
+{
+    struct mf_layout *layout = events->layout;
+    if (mf_layout_count(layout) < MF_LAYOUT_MAX / 2)
+        return;
+    for (uint32_t i = 0; i < events->contexts->count; i++) {
+        const struct mf_context *context = mf_context_at(events->contexts, i);
+        if (context && context->child && !mf_uffd_alive(context->uffd))
+            mf_layout_forget(layout, i);
+    }
 }
 
 /* Private memory has no file to know it by. The child has what the parent had when it forked. */
 static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t child)
 {
+    uint64_t pages[MF_REGIONS_MAX];
+    const struct mf_context *from = mf_context_at(events->contexts, parent);
+    struct mf_context *to = mf_context_at(events->contexts, child);
+    for (unsigned i = 0; i < events->region_count; i++)
+        pages[i] = events->region[i].pages;
+    if (from && mf_zeros_copy(from->zeros, pages, &to->zeros) < 0) {
+        no_room(); /* it maps nothing that is known, and so waits */
+        events->layout->overflowed = true;
+        return;
+    }
     struct mf_mapping m;
     for (uint64_t at = 0; mf_layout_from(events->layout, parent, at, &m);) {
         struct mf_range dropped[2];
@@ -331,7 +356,10 @@ static uint32_t forked(struct mf_events *events, uint32_t context, const struct 
         mf_log(MF_LOG_ERR, "no room to follow a process that was forked: it will wait for ever");
         return UINT32_MAX;
     }
-    inherit_private(events, context, (uint32_t)index);
+    if (has_private(events)) {
+        forget_gone(events);
+        inherit_private(events, context, (uint32_t)index);
+    }
     if (events->ops->forked)
         events->ops->forked(events->arg, context, (uint32_t)index);
     return (uint32_t)index;
@@ -352,7 +380,7 @@ static void apply_event(struct mf_events *events, uint32_t context, const struct
         break;
     case UFFD_EVENT_UNMAP:
         wake_dropped(events, dropped,
-                     mf_layout_unmap(events->layout, context, start, end, dropped));
+                     mf_limbo_unmap(&events->limbo, events->layout, context, start, end, dropped));
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_REMAP:
@@ -473,6 +501,7 @@ void mf_events_drop(struct mf_events *events, uint32_t context)
 {
     mf_gate_close(events->gate);
     mf_layout_forget(events->layout, context);
+    mf_limbo_forget(&events->limbo, events->layout, context);
     mf_contexts_drop(events->contexts, context);
     mf_gate_open(events->gate);
     events->fault_count = keep_others(events->fault, events->fault_count, context);

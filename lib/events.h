@@ -43,6 +43,7 @@
 #include "lib/context.h"
 #include "lib/gate.h"
 #include "lib/layout.h"
+#include "lib/limbo.h"
 #include "lib/region.h"
 #include "lib/uapi.h"
 
@@ -104,6 +105,7 @@ struct mf_events {
      * 0.
      */
     unsigned observed;
+    struct mf_limbo limbo;
     bool serving;
     unsigned fault_count, parked_count;
     struct mf_fault fault[MF_FAULTS_ROOM];

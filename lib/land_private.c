@@ -40,9 +40,19 @@ static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64
     const uint64_t page_bytes = resolver->region[region].page_bytes;
     struct mf_range range;
     uint32_t cursor = 0;
+    /* It may be mapped where only an event to come tells. */
+    if (atomic_load_explicit(&resolver->layout->owed, memory_order_acquire))
+        return -EAGAIN;
     while (mf_layout_next(resolver->layout, region, first * page_bytes, pages * page_bytes, &cursor,
                           &range)) {
+        const struct mf_context *at = mf_context_at(resolver->contexts, range.context);
         const int uffd = mf_context_uffd(resolver->contexts, range.context);
+        if (at && mf_zeros_any(at->zeros, region, range.offset_bytes / page_bytes,
+                               range.length_bytes / page_bytes)) {
+            if (pages > 1)
+                return -E2BIG;
+            continue; /* discarded here, while others still want it */
+        }
         const uint8_t *bytes = from + (range.offset_bytes - first * page_bytes);
         uint64_t done_bytes = 0;
         *context = range.context;

@@ -25,9 +25,8 @@
 
 #include "lib/target.h"
 
-/** Instead of a region's index: private memory that the target has discarded or moved away from
- * here, while what it held is still wanted at another place. It reads as zeros and belongs to no
- * region. */
+/** Instead of a region's index: private memory that the target has moved away from here, while the
+ * place stays mapped, or by which a mapping grew. It reads as zeros and belongs to no region. */
 #define MF_REGION_ZEROS UINT32_MAX
 
 struct mf_layout_entry {
@@ -45,6 +44,9 @@ struct mf_layout {
     /** Regions, a bit each, whose mappings can't be learned again: private memory. Those of others
      * go first. Set by the owner, before anything is mapped. */
     uint64_t keep;
+    /** How many pieces of private memory are mapped at a place of which only an event to come tells
+     * (lib/limbo.h). As long as there are any, where a page is mapped can't be said. */
+    _Atomic uint32_t owed;
     bool overflowed; /**< something was left out, and what is not here may be mapped all the same */
     struct mf_layout_entry entry[MF_LAYOUT_MAX];
 };
@@ -86,6 +88,12 @@ bool mf_layout_next(const struct mf_layout *layout, uint32_t region, uint64_t of
 
 /** mf_layout_get() - copy all mappings out, any thread. Return: how many. */
 unsigned mf_layout_get(const struct mf_layout *layout, struct mf_mapping *out, unsigned max);
+
+/** mf_layout_count() - how many mappings are known. Any thread. */
+static inline uint32_t mf_layout_count(const struct mf_layout *layout)
+{
+    return atomic_load_explicit(&layout->count, memory_order_relaxed);
+}
 
 /** mf_layout_covers() - is all of [@start_addr, @end_addr) known to be mapped? Any thread. */
 bool mf_layout_covers(const struct mf_layout *layout, uint32_t context, uint64_t start_addr,

@@ -19,15 +19,24 @@
 
 #include "lib/error.h"
 #include "lib/layout.h"
+#include "lib/zeros.h"
 
 struct mf_layout_file;
 
-/** mf_layout_file_create() - Return: a memfd that is empty, owned by the caller, or -errno. */
-int mf_layout_file_create(struct mf_error *err);
+/** mf_layout_file_create() - @pages: of each region, 0 for those that are not private memory.
+ * Return: a memfd that is empty, owned by the caller, or -errno. */
+int mf_layout_file_create(const uint64_t *pages, unsigned region_count, struct mf_error *err);
 
 /** mf_layout_file_map() - map a file that mf_layout_file_create() made; @fd may be closed then.
  * Return: NULL with @err. Unmap with mf_layout_file_unmap. */
 struct mf_layout_file *mf_layout_file_map(int fd, struct mf_error *err);
+
+/** mf_layout_file_zeros() - the bits of the target itself (not of its children, which are followed
+ * by one mover only), in the file: whoever comes later finds those that were set. @pages: as they
+ * were given to create. Return: to be freed before the file is unmapped; NULL: out of memory, or
+ * the file does not fit. */
+struct mf_zeros *mf_layout_file_zeros(struct mf_layout_file *file, const uint64_t *pages,
+                                      unsigned region_count);
 void mf_layout_file_unmap(struct mf_layout_file *file);
 
 /** mf_layout_file_store() - @mappings instead of what was there; whoever reads finds one or the

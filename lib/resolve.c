@@ -169,6 +169,17 @@ static void give_private_zeros(const struct mf_resolver *resolver, uint32_t regi
     }
 }
 
+bool mf_resolve_reads_as_zeros(const struct mf_region *regions, const struct mf_contexts *contexts,
+                               const struct mf_mapping *mapping, uint64_t addr)
+{
+    if (mapping->region == MF_REGION_ZEROS)
+        return true;
+    const struct mf_context *context = mf_context_at(contexts, mapping->context);
+    const uint64_t offset_bytes = addr - mapping->start_addr + mapping->offset_bytes;
+    return context && mf_zeros_any(context->zeros, mapping->region,
+                                   offset_bytes / regions[mapping->region].page_bytes, 1);
+}
+
 void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr)
 {
     const uint64_t start = addr & ~UINT64_C(4095);
@@ -179,7 +190,7 @@ void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint
         const int uffd = mf_context_uffd(resolver->contexts, context);
         /* What has come to lie there meanwhile is served by its own fault. */
         if (mf_layout_find(resolver->layout, context, addr, &mapping) &&
-            mapping.region == MF_REGION_ZEROS)
+            mf_resolve_reads_as_zeros(resolver->region, resolver->contexts, &mapping, addr))
             r = zero_place(uffd, start, 4096);
         else
             mf_uffd_wake(uffd, start, 4096);

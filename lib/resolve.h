@@ -12,6 +12,7 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "lib/context.h"
@@ -46,8 +47,13 @@ void mf_resolve_run(const struct mf_resolver *resolver, uint32_t region, uint64_
  * of private memory always is: bytes are copied by who lands them (lib/land.h). */
 void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region, uint64_t page);
 
-/** mf_resolve_zeros() - give zeros at an address that belongs to no region any more
- * (MF_REGION_ZEROS). */
+/** mf_resolve_reads_as_zeros() - is @addr, in @mapping, private memory that reads as zeros whatever
+ * the state of a page: it belongs to no region any more, or was discarded there alone? Inside the
+ * gate, or on the thread that reads events. */
+bool mf_resolve_reads_as_zeros(const struct mf_region *regions, const struct mf_contexts *contexts,
+                               const struct mf_mapping *mapping, uint64_t addr);
+
+/** mf_resolve_zeros() - give zeros at such an address. */
 void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr);
 
 /** mf_resolve_wait() - an ioctl on @context met EAGAIN without progress, for the @attempt-th time

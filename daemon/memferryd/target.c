@@ -302,7 +302,12 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
     if (r == 0 && session->role == MF_DESTINATION)
         r = arm(session, err);
     if (r == 0 && session->role == MF_DESTINATION && has_private(session)) {
-        session->layout_fd = mf_layout_file_create(err);
+        uint64_t pages[MF_REGIONS_MAX];
+        for (unsigned i = 0; i < session->region_count; i++)
+            pages[i] = session->region[i].kind == MF_MEMORY_PRIVATE
+                           ? session->region[i].size_bytes / session->region[i].page_bytes
+                           : 0;
+        session->layout_fd = mf_layout_file_create(pages, session->region_count, err);
         r = session->layout_fd < 0 ? session->layout_fd : 0;
     }
     if (r == 0 && session->role == MF_SOURCE && has_private(session)) {
@@ -337,6 +342,23 @@ int target_room(struct session *session, uint64_t needed_bytes, struct mf_error 
                    (unsigned long long)(room >> 20));
 }
 
+/* Private memory may have been moved anywhere, and nothing but its registration tells where. All
+ * that could be registered is unregistered, since a child may hold the descriptor open beyond us.
+ */
+static void stop_watching_private(const struct session *session)
+{
+    cleanup_free struct mf_vma *vmas = NULL;
+    size_t count = 0;
+    struct mf_error err;
+    if (session->role != MF_DESTINATION || !has_private(session) || session->target_exited ||
+        mf_target_vmas(session->pid, &vmas, &count, &err) < 0)
+        return;
+    for (size_t i = 0; i < count; i++)
+        if (mf_vma_is_private(&vmas[i]))
+            mf_uffd_unregister(session->uffd, vmas[i].start_addr,
+                               vmas[i].end_addr - vmas[i].start_addr);
+}
+
 void target_stop_watching(struct session *session)
 {
     struct mf_error err;
@@ -348,6 +370,7 @@ void target_stop_watching(struct session *session)
             session->target_exited ? 0 : target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
         for (int i = 0; i < count; i++)
             mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
+        stop_watching_private(session);
         close(session->uffd);
     }
     session->uffd = -1;

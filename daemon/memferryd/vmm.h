@@ -45,7 +45,7 @@ struct vmm_backend {
     char id[64];     /**< the VMM's own id, e.g. "ram0"; becomes the region's name */
     char path[4096]; /**< mem-path as the VMM has it: a file or a directory, in ITS mount namespace
                       */
-    uint64_t size_bytes;
+    uint64_t size_bytes; /**< 0: private memory, as large as it is found to be */
     /** Where the adapter knows the file itself (@inode is not 0), which makes @path a word for
      * messages. */
     dev_t device;

@@ -128,6 +128,15 @@ static void set_layout(struct mover *mover, const struct mf_mapping *handed, uns
             mappings[count++] = handed[i];
     mf_layout_set(&mover->layout, mappings, count);
     mover_keep_layout(mover);
+    struct mf_context *target = mf_context_at(&mover->contexts, 0);
+    if (!mover->layout_file || !target)
+        return;
+    uint64_t pages[MF_REGIONS_MAX];
+    for (unsigned i = 0; i < mover->region_count; i++)
+        pages[i] = mover->region[i].kind == MF_MEMORY_PRIVATE ? mover->region[i].pages : 0;
+    target->zeros = mf_layout_file_zeros(mover->layout_file, pages, mover->region_count);
+    if (!target->zeros)
+        mover_fatal("the file that keeps the layout does not fit the regions");
 }
 
 void mover_setup(struct mover *mover)

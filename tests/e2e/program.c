@@ -9,13 +9,17 @@
  * reads it. With --shared-model it lies in a region of its own, and there is nothing to save.
  *
  * usage: program serve SOCKET [--wait] [--shared-model] [--regions N] [--mib N] [--threads N]
- *                [--hugetlb] [--ops LETTERS] [--seed N]
+ *                [--hugetlb | --private] [--ops LETTERS] [--seed N]
  *        program ask SOCKET VERB        pause, resume, save (to stdout), load (from stdin), verify,
  *                                       status; prints the answer; exit 0 if it is OK
  * --wait: do nothing before `resume`.
+ * --private: the regions are private anonymous memory, at PRIVATE_ADDR; what is a change to a file
+ *   there is one to the process's own pages here, a move leaves zeros behind, and children have
+ *   copies. It moves nothing before it has been loaded: at the source, a page is its address.
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
- *   file anew. The default is w, v, d, m, u and p.
+ *   file anew, l lock and unlock (mlock), g grow and shrink (private only). The default is w, v, d,
+ * m, u and p.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -40,6 +44,7 @@
 #define REGIONS_MAX 8u
 #define THREADS_MAX 8u
 #define CHUNKS 4u /* of a thread in a region: each is a mapping of its own */
+#define PRIVATE_ADDR UINT64_C(0x500000000000) /* region i: plus i << 36 */
 #define STATE_MAGIC UINT64_C(0x6d66727970726f67)
 
 /** The model of a page: generation, and the one that it is being brought to. 0: zeros. */
@@ -53,7 +58,7 @@ struct state_header {
 
 static unsigned regions = 2, threads = 3;
 static uint64_t region_bytes = UINT64_C(16) << 20, page_bytes = 4096;
-static bool hugetlb, shared_model, waiting;
+static bool hugetlb, private_memory, shared_model, waiting;
 static const char *ops = "wwwwvvvvdmup";
 static uint64_t seed = 1;
 
@@ -157,6 +162,9 @@ static uint64_t first_page(const struct worker *w, unsigned chunk)
 
 static void *map_chunk(const struct worker *w, unsigned region, unsigned chunk)
 {
+    if (private_memory)
+        return (uint8_t *)(uintptr_t)(PRIVATE_ADDR + ((uint64_t)region << 36)) +
+               first_page(w, chunk) * page_bytes;
     void *at = mmap(NULL, chunk_pages() * page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
                     region_fd[region], (off_t)(first_page(w, chunk) * page_bytes));
     if (at == MAP_FAILED)
@@ -206,10 +214,17 @@ static void discard(struct worker *w, unsigned region, uint64_t page, uint64_t p
     (void)w;
     for (uint64_t i = 0; i < pages; i++)
         atomic_store(&model[region * region_pages + page + i].next, 0);
-    if (madvise(at, pages * page_bytes, MADV_REMOVE) != 0)
+    if (madvise(at, pages * page_bytes, private_memory ? MADV_DONTNEED : MADV_REMOVE) != 0)
         die("MADV_REMOVE");
     for (uint64_t i = 0; i < pages; i++)
         set_generation(region, page + i, 0);
+}
+
+/* A chunk of private memory may have come to lie in several mappings (its pages were locked,
+ * protected or forked apart), which can't be moved in one; then it stays. */
+static bool stays(const uint8_t *at)
+{
+    return at == MAP_FAILED && errno == EFAULT && private_memory;
 }
 
 static void move_chunk(struct worker *w, unsigned region, unsigned chunk)
@@ -217,6 +232,8 @@ static void move_chunk(struct worker *w, unsigned region, unsigned chunk)
     const uint64_t bytes = chunk_pages() * page_bytes;
     uint8_t *to = reserve(bytes);
     uint8_t *at = mremap(w->chunk[region][chunk], bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+    if (stays(at))
+        return;
     if (at == MAP_FAILED)
         die("mremap");
     w->chunk[region][chunk] = at;
@@ -245,6 +262,78 @@ static void duplicate_chunk(struct worker *w, unsigned region, unsigned chunk, b
     if (munmap(old, bytes) != 0)
         die("munmap");
     w->chunk[region][chunk] = at;
+}
+
+static bool is_zero(const uint8_t *at, uint64_t bytes)
+{
+    for (uint64_t i = 0; i < bytes; i++)
+        if (((const volatile uint8_t *)at)[i])
+            return false;
+    return true;
+}
+
+static void must_be_zero(const uint8_t *at, const char *what)
+{
+    if (is_zero(at, page_bytes))
+        return;
+    fprintf(stderr, "WRONG %s at %p: should read as zeros\n", what, (const void *)at);
+    atomic_fetch_add(&wrong_pages, 1);
+}
+
+/* Private memory: the pages go along, the place they were at reads as zeros and is one's own. */
+static void move_leaving(struct worker *w, unsigned region, unsigned chunk)
+{
+    const uint64_t bytes = chunk_pages() * page_bytes, page = draw(w, chunk_pages());
+    uint8_t *old = w->chunk[region][chunk];
+    uint8_t *at = mremap(old, bytes, bytes, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+    if (stays(at))
+        return;
+    if (at == MAP_FAILED)
+        die("mremap with MREMAP_DONTUNMAP");
+    must_be_zero(old + page * page_bytes, "the old place of a move");
+    memset(old + page * page_bytes, 0x5a, page_bytes);
+    verify(at + page * page_bytes, region, first_page(w, chunk) + page);
+    if (munmap(old, bytes) != 0)
+        die("munmap");
+    w->chunk[region][chunk] = at;
+}
+
+/* In place if there is room behind it, else moved; the end is new memory. Then it shrinks again. */
+static void grow_and_shrink(struct worker *w, unsigned region, unsigned chunk)
+{
+    const uint64_t bytes = chunk_pages() * page_bytes, more = 8 * page_bytes;
+    const uint64_t page = draw(w, chunk_pages());
+    if (draw(w, 2)) { /* to where there is room */
+        uint8_t *to = reserve(bytes + more);
+        uint8_t *at =
+            mremap(w->chunk[region][chunk], bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+        if (stays(at))
+            return;
+        if (at == MAP_FAILED || munmap(to + bytes, more) != 0)
+            die("mremap");
+        w->chunk[region][chunk] = at;
+    }
+    uint8_t *at = mremap(w->chunk[region][chunk], bytes, bytes + more, MREMAP_MAYMOVE);
+    if (stays(at))
+        return;
+    if (at == MAP_FAILED)
+        die("mremap to more");
+    must_be_zero(at + bytes + 3 * page_bytes, "what a mapping grew by");
+    memset(at + bytes, 0x77, more);
+    verify(at + page * page_bytes, region, first_page(w, chunk) + page);
+    if (mremap(at, bytes + more, bytes, 0) != at)
+        die("mremap to less");
+    w->chunk[region][chunk] = at;
+}
+
+static void lock_and_unlock(struct worker *w, unsigned region, uint64_t page, uint64_t pages,
+                            uint8_t *at)
+{
+    if (mlock2(at, pages * page_bytes, draw(w, 2) ? MLOCK_ONFAULT : 0) != 0)
+        die("mlock");
+    verify(at, region, page);
+    if (munlock(at, pages * page_bytes) != 0)
+        die("munlock");
 }
 
 static void protect(struct worker *w, unsigned region, uint64_t page, uint8_t *at)
@@ -297,6 +386,58 @@ static void fork_child(struct worker *w, unsigned region, unsigned chunk, bool w
         set_generation(region, first + target, generation);
 }
 
+/* Of private memory each has pages of its own from now on: the child writes and discards, and so
+ * does its parent, and neither sees the other's. Both look at all pages, most of which neither had
+ * when they parted. */
+static void fork_private_child(struct worker *w, unsigned region, unsigned chunk)
+{
+    const uint64_t pages = chunk_pages(), first = first_page(w, chunk);
+    uint8_t *base = w->chunk[region][chunk];
+    pid_t pid = fork();
+    if (pid < 0)
+        die("fork");
+    struct worker mine = *w;
+    mine.random += pid == 0 ? 77 : 7;
+    struct worker *me = pid == 0 ? &mine : w;
+    const uint64_t wrong_before = wrong_pages;
+    for (unsigned i = 0; i < 12; i++) {
+        const uint64_t page = draw(me, pages);
+        uint8_t *at = base + page * page_bytes;
+        switch (draw(me, 4)) {
+        case 0:
+            write_page(me, region, first + page, at);
+            break;
+        case 1:
+            discard(me, region, first + page, 1 + draw(me, pages - page < 4 ? pages - page : 4),
+                    at);
+            break;
+        default:
+            verify(at, region, first + page);
+        }
+    }
+    if (pid == 0) {
+        pid_t grandchild = draw(me, 4) == 0 ? fork() : 0;
+        int status = 0;
+        for (uint64_t page = draw(me, 3); page < pages; page += 3)
+            verify(base + page * page_bytes, region, first + page);
+        if (grandchild > 0)
+            waitpid(grandchild, &status, 0);
+        _exit(status || wrong_pages != wrong_before);
+    }
+    int status = 1;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+        fprintf(stderr, "WRONG a child ended with status %#x\n", (unsigned)status);
+        atomic_fetch_add(&wrong_pages, 1);
+    }
+}
+
+static bool may_move(void)
+{
+    return !private_memory || waiting;
+}
+
 static void work_once(struct worker *w)
 {
     const unsigned region = (unsigned)draw(w, regions), chunk = (unsigned)draw(w, CHUNKS);
@@ -314,18 +455,31 @@ static void work_once(struct worker *w)
         discard(w, region, page, pages, at);
         break;
     case 'n':
+        if (private_memory) {
+            discard(w, region, page, pages, at);
+            break;
+        }
         if (madvise(at, pages * page_bytes, MADV_DONTNEED) != 0)
             die("MADV_DONTNEED");
         verify(at, region, page);
         break;
     /* What is rare in real programs is rare here, for it costs so much more than a page. */
     case 'm':
-        if (draw(w, 16) == 0)
+        if (draw(w, 16) == 0 && may_move())
             move_chunk(w, region, chunk);
         break;
     case 'u':
-        if (draw(w, 16) == 0)
+        if (draw(w, 16) == 0 && private_memory && may_move())
+            move_leaving(w, region, chunk);
+        else if (draw(w, 16) == 0 && !private_memory)
             duplicate_chunk(w, region, chunk, false);
+        break;
+    case 'g':
+        if (draw(w, 16) == 0 && private_memory && may_move())
+            grow_and_shrink(w, region, chunk);
+        break;
+    case 'l':
+        lock_and_unlock(w, region, page, pages, at);
         break;
     case 'M':
         if (draw(w, 16) == 0)
@@ -339,7 +493,9 @@ static void work_once(struct worker *w)
             fork_child(w, region, chunk, false);
         break;
     case 'F':
-        if (draw(w, 64) == 0)
+        if (draw(w, 64) == 0 && private_memory)
+            fork_private_child(w, region, chunk);
+        else if (draw(w, 64) == 0 && !private_memory)
             fork_child(w, region, chunk, true);
         break;
     default:
@@ -495,7 +651,14 @@ static void answer(int fd)
 static void set_up_memory(void)
 {
     region_pages = region_bytes / page_bytes;
-    for (unsigned i = 0; i < regions; i++) {
+    for (unsigned i = 0; private_memory && i < regions; i++) {
+        void *wanted = (void *)(uintptr_t)(PRIVATE_ADDR + ((uint64_t)i << 36));
+        if (mmap(wanted, region_bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE, -1,
+                 0) != wanted)
+            die("mmap of private memory");
+    }
+    for (unsigned i = 0; !private_memory && i < regions; i++) {
         char name[32];
         snprintf(name, sizeof(name), "heap%u", i);
         region_fd[i] = memfd_create(name, MFD_CLOEXEC | (hugetlb ? MFD_HUGETLB : 0u));
@@ -631,6 +794,10 @@ int main(int argc, char **argv)
         }
         if (strcmp(argv[i], "--shared-model") == 0) {
             shared_model = true;
+            continue;
+        }
+        if (strcmp(argv[i], "--private") == 0) {
+            private_memory = true;
             continue;
         }
         if (strcmp(argv[i], "--hugetlb") == 0) {

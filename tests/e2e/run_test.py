@@ -11,6 +11,7 @@ import test_migrate  # noqa: F401
 import test_monitor  # noqa: F401
 import test_precopy  # noqa: F401
 import test_preflight  # noqa: F401
+import test_private  # noqa: F401
 import test_process  # noqa: F401
 import test_systemd  # noqa: F401
 from harness.testing import run_one, tests

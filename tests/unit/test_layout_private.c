@@ -129,7 +129,8 @@ static void a_successor_finds_what_was_kept(void **state)
     struct mf_error err;
     static struct mf_mapping out[MF_LAYOUT_MAX], many[MF_LAYOUT_MAX];
     const struct mf_mapping first[] = {at(0x10000, 16, 0, 0, 0), at(0x90000, 1, 0, 1, 0)};
-    int fd = mf_layout_file_create(&err);
+    const uint64_t pages[] = {1000, 0, 65};
+    int fd = mf_layout_file_create(pages, 3, &err);
     assert_true(fd >= 0);
     struct mf_layout_file *writer = mf_layout_file_map(fd, &err);
     struct mf_layout_file *reader = mf_layout_file_map(fd, &err);
@@ -146,8 +147,22 @@ static void a_successor_finds_what_was_kept(void **state)
     assert_memory_equal(out, many, sizeof(many));
     mf_layout_file_store(writer, first, 1);
     assert_int_equal(mf_layout_file_load(reader, out), 1);
-    mf_layout_file_store(writer, NULL, 0);
+    mf_layout_file_store(writer, first, 0);
     assert_int_equal(mf_layout_file_load(reader, out), 0);
+    struct mf_zeros *written = mf_layout_file_zeros(writer, pages, 3);
+    struct mf_zeros *found = mf_layout_file_zeros(reader, pages, 3), *copy = NULL;
+    assert_int_equal(mf_zeros_set(&written, 2, 65, 63, 2), 0);
+    assert_false(mf_zeros_any(found, 2, 0, 63));
+    assert_true(mf_zeros_any(found, 2, 0, 64) && mf_zeros_any(found, 2, 64, 1));
+    assert_false(mf_zeros_any(found, 0, 0, 1000) || mf_zeros_any(found, 1, 0, 1));
+    assert_int_equal(mf_zeros_copy(found, pages, &copy), 0);
+    assert_int_equal(mf_zeros_set(&copy, 0, 1000, 999, 1), 0);
+    assert_true(mf_zeros_any(copy, 2, 64, 1) && mf_zeros_any(copy, 0, 990, 10));
+    assert_false(mf_zeros_any(found, 0, 990, 10));
+    assert_null(mf_layout_file_zeros(reader, pages, 2));
+    mf_zeros_free(copy);
+    mf_zeros_free(written);
+    mf_zeros_free(found);
     mf_layout_file_unmap(writer);
     mf_layout_file_unmap(reader);
 }

@@ -699,7 +699,7 @@ static void serve_fault(void)
     if (!waiting[at.region][map][at.page])
         return;
     if (is_private(at.region) && zeros_there[map][at.page]) {
-        mf_resolve_zeros(&lander.resolver, 0, address(0, map) + at.page * 4096 + 17);
+        mf_resolve_zeros(&lander.resolver, map, address(0, map) + at.page * 4096 + 17);
         return;
     }
     if (is_private(at.region) && mf_page_resolvable(byte) && (byte & MF_PAGE_PLACED)) {
@@ -721,24 +721,20 @@ static void serve_fault(void)
     mf_resolve_page(&lander.resolver, at.region, at.page);
 }
 
-static bool is_parent_and_child(uint64_t page)
-{
-    return places == 2 && !zeros_there[0][page] && !zeros_there[1][page];
-}
-
 /* madvise(MADV_DONTNEED) by one of them: as lib/events.c's discard_range(). */
 static void discard_private(uint64_t page)
 {
     const unsigned map = below(places);
     struct mf_lander lander = lander_of(URGENT);
-    const uint64_t addr = address(0, map) + page * 4096;
-    const bool other = is_parent_and_child(page);
+    const bool other = places == 2;
     if (somebody_is_inside() || zeros_there[map][page])
         return; /* the reader waits; nothing more is to be done */
     TRACE("  discard 0:%llu by %u\n", (unsigned long long)page, map);
     uint8_t was = 0;
     if (other)
-        must(mf_layout_zeros(&dest.layout, 0, 0, addr, addr + 4096) == 0, "no room", 0, page);
+        must(mf_zeros_set(&mf_context_at(&dest.contexts, map)->zeros, 0, dest.region[0].pages, page,
+                          1) == 0,
+             "no room", 0, page);
     else
         was = mf_page_discard(&dest.view.pages[0], page);
     zeros_there[map][page] = other;
@@ -763,8 +759,13 @@ static void fork_it(void)
     mappings[count] = mappings[0];
     must(mappings[0].region == 0 && mappings[0].start_addr == address(0, 0), "not its mapping", 0,
          0);
+    mappings[count].context = 1;
     mappings[count++].start_addr = address(0, 1);
     mf_layout_set(&dest.layout, mappings, count);
+    const uint64_t pages[MF_REGIONS_MAX] = {dest.region[0].pages, dest.region[1].pages};
+    struct mf_zeros **zeros = &mf_context_at(&dest.contexts, 1)->zeros;
+    must(mf_zeros_copy(mf_context_at(&dest.contexts, 0)->zeros, pages, zeros) == 0, "no memory", 0,
+         0);
     memcpy(private_memory[1], private_memory[0], dest.region[0].size_bytes);
     memcpy(private_expected[1], private_expected[0], dest.region[0].size_bytes);
     memcpy(mapped[0][1], mapped[0][0], sizeof(mapped[0][1]));
@@ -1173,6 +1174,10 @@ static void set_up(void)
     places = 1;
     may_fork = below(2);
     memset(zeros_there, 0, sizeof(zeros_there));
+    for (uint32_t i = 0; i < 2; i++) {
+        mf_zeros_free(mf_context_at(&dest.contexts, i)->zeros);
+        mf_context_at(&dest.contexts, i)->zeros = NULL;
+    }
     new_gate();
     source.private_memory = dest.private_memory = private_kind;
     source.populated_fd = private_kind ? 3 : -1;
@@ -1285,7 +1290,8 @@ int main(void)
     source.region_count = dest.region_count = REGIONS;
     /* The descriptors are never used: the calls that take them are modelled. */
     if (mf_contexts_add(&source.contexts, INT_MAX, -1, false) != 0 ||
-        mf_contexts_add(&dest.contexts, INT_MAX, -1, false) != 0)
+        mf_contexts_add(&dest.contexts, INT_MAX, -1, false) != 0 ||
+        mf_contexts_add(&dest.contexts, INT_MAX, -1, true) != 1)
         fail("no context", 0, 0);
     for (uint32_t r = 0; r < REGIONS; r++)
         make_file(&source.region[r], &dest.region[r], r);

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Moves and unmappings of memory that can't be looked up again (private memory), where events of
+ * several threads are read in another order than that of the changes.
+ *
+ * A thread queues its event after it let go of the lock under which it made the change. In between
+ * another thread may have moved something to where there is room now, and its event may be read
+ * first. But it tells: what is moved to an address found it free. So whatever was thought to be
+ * there has left before, by an event that is still to come. It is put in limbo: out of the layout,
+ * remembered by its old address. The next event that moves or unmaps that address means what is in
+ * limbo, not what has come there since.
+ *
+ * Every REMAP is followed by the UNMAP of the old place (not with MREMAP_DONTUNMAP, but then the
+ * place is not free). Until then zeros stand there, and can be put in limbo like anything else.
+ *
+ * Not covered: what came to the place moves on, and that event is read as well, before the one of
+ * who left it first. For that the first must be held up between its change and its event for as
+ * long as two events of the other take to be read.
+ *
+ * One thread, with the gate closed.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lib/layout.h"
+
+#define MF_LIMBO_MAX 256u
+
+/** struct mf_limbo - zeroed at first; the oldest first. */
+struct mf_limbo {
+    unsigned count;
+    struct mf_mapping piece[MF_LIMBO_MAX];
+};
+
+/**
+ * mf_limbo_remap() - [@from, +@length_bytes) was moved to @to.
+ * @files: set if a piece of a file moved along, or nothing was known: look at what is at @to now.
+ *         Regions that can be looked up again are those not in layout->keep.
+ * Return: 0, or -E2BIG: something is not known any more (layout->overflowed is set).
+ */
+int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
+                   uint64_t from_addr, uint64_t to_addr, uint64_t length_bytes, bool *files);
+
+/** mf_limbo_unmap() - [@start, @end) was unmapped. As mf_layout_unmap(), but for what is in limbo.
+ */
+unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
+                        uint64_t start_addr, uint64_t end_addr, struct mf_range *dropped);
+
+/** mf_limbo_forget() - a context is gone. */
+void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context);
