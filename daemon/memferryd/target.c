@@ -157,7 +157,14 @@ static int arm_private(struct session *session, const struct mf_mapping *mapping
     const struct mf_region_source *region = &session->region[mapping->region];
     const uint64_t page_bytes = region->page_bytes, chunk_bytes = 512 * page_bytes;
     uint8_t held[512];
-    int r = mf_inject_discard(session->pid, session->pidfd, mapping->start_addr,
+    /* First to see whether somebody else watches it: who discards under their eyes destroys what
+     * they serve, and nobody else could give it up for them. */
+    int r =
+        mf_uffd_register_private(session->uffd, mapping->start_addr, mapping->length_bytes, err);
+    if (r == 0)
+        mf_uffd_unregister(session->uffd, mapping->start_addr, mapping->length_bytes);
+    if (r == 0)
+        r = mf_inject_discard(session->pid, session->pidfd, mapping->start_addr,
                               mapping->length_bytes, err);
     if (r == 0)
         r = mf_uffd_register_private(session->uffd, mapping->start_addr, mapping->length_bytes,
