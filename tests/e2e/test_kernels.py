@@ -8,7 +8,7 @@ import os
 import re
 
 from common import need
-from harness.artifacts import build_root, program
+from harness.artifacts import build_root, program, test_program
 from harness.kernels import ProgramGuest, kernel_of_release
 from harness.testing import e2e
 
@@ -115,6 +115,91 @@ def kernel_sid(sandbox):
     tests_on(sandbox, "sid", (6, 12))
 
 
+# A program of the tests' own (program.c) from one memferryd to another, both in the guest.
+SESSION = """
+for side in a b; do
+    mkdir -p /tmp/$side
+    memferryd --runtime-dir /tmp/$side --listen 127.0.0.1:$([ $side = a ] && echo 7001 || echo 7002) \\
+        2>/tmp/$side/log &
+    program serve /tmp/$side/program --mib 8 $([ $side = b ] && echo --wait) &
+    eval pid_$side=$!
+done
+for file in /tmp/a/control.sock /tmp/b/control.sock /tmp/a/program /tmp/b/program; do
+    while ! [ -S $file ]; do sleep 0.1; done
+done
+sleep 1
+memferry --runtime-dir /tmp/b receive prog --pid $pid_b --load "program ask /tmp/b/program load" \\
+    --resume "program ask /tmp/b/program resume" || exit 1
+memferry --runtime-dir /tmp/a migrate prog --pid $pid_a --pause "program ask /tmp/a/program pause" \\
+    --save "program ask /tmp/a/program save" --resume "program ask /tmp/a/program resume" \\
+    --to 127.0.0.1:7002 --json "$@" >/tmp/answer
+code=$?
+cat /tmp/answer
+[ $code = 0 ] || { cat /tmp/a/log /tmp/b/log; exit $code; }
+sleep 1
+echo "arrived: $(program ask /tmp/b/program verify); $(program ask /tmp/b/program status)"
+exit 0
+"""
+
+
+def session_on(sandbox, codename):
+    """A whole session in a guest, in mode hybrid: in rounds where writes can be tracked, else by postcopy."""
+    kernel = kernel_of_release(codename)
+    guest = ProgramGuest(sandbox, kernel)
+    guest.add_shell()
+    for name in ("memferry", "memferryd", "memferry-mover"):
+        guest.add_program(program(name))
+    guest.add_program(test_program("program"))
+    guest.add_file("session", SESSION)
+    guest.run("session", "/bin/sh", "/session", "--mode", "hybrid")
+    code, lines = guest.boot(limit_s=200).get("session", (None, []))
+    said = "\n".join(lines)
+    need(code == 0, f"a session on Linux {kernel.release} failed: {said[-3000:]}")
+    answer = json.loads(said[said.index("{"):said.rindex("}") + 1])
+    need(answer["state"] == "done" and re.search(r"^arrived: OK pages=[1-9]\d* wrong=0; OK .* wrong=0 ", said, re.M),
+         f"not all arrived on Linux {kernel.release}: {said}")
+    if kernel.version() >= (6, 7):
+        need(answer["mode"] == "hybrid" and answer["rounds"] >= 1 and not answer["reason"],
+             f"Linux {kernel.release} should allow rounds: {answer}")
+    else:
+        need(answer["mode"] == "postcopy" and answer["rounds"] == 0
+             and re.search(r"postcopy.*WP_ASYNC.*Linux 6\.7", answer["reason"]),
+             f"Linux {kernel.release} should lead to postcopy, and the reason be said: {answer}")
+
+
+@e2e(limit_s=600)
+def session_bookworm(sandbox):
+    """A session on Linux 6.1: hybrid becomes postcopy, with the reason."""
+    session_on(sandbox, "bookworm")
+
+
+@e2e(limit_s=600)
+def session_trixie(sandbox):
+    """A session on Linux 6.12."""
+    session_on(sandbox, "trixie")
+
+
+@e2e(limit_s=600)
+def session_sid(sandbox):
+    """A session on the newest kernel that Debian has."""
+    session_on(sandbox, "sid")
+
+
+# What was found is also said by a session that is asked for it; "$@" is --pid and a process.
+REFUSED = """
+mkdir /tmp/a
+memferryd --runtime-dir /tmp/a --listen 127.0.0.1:7001 2>/tmp/a/log &
+while ! [ -S /tmp/a/control.sock ]; do sleep 0.1; done
+memferry --runtime-dir /tmp/a receive prog --load true --region ram=/pmem/ram "$@"
+echo "exit $?"
+memferry --runtime-dir /tmp/a receive prog --load true "$@"
+echo "exit $?"
+memferry --runtime-dir /tmp/a status prog --json
+memferry --runtime-dir /tmp/a status prog
+cat /tmp/a/log
+"""
+
+
 def dax_on(sandbox, codename):
     """What is on fs-dax is told by name and left alone or refused, and whatever would pin it fails."""
     kernel = kernel_of_release(codename)
@@ -124,8 +209,14 @@ def dax_on(sandbox, codename):
     memferry = guest.add_program(program("memferry"))
     guest.run("facts", pins, "--dax", "/pmem/facts")
     guest.run("check", pins, "--hold", "/pmem/ram", memferry, "check", "--json")
+    guest.add_shell()
+    for name in ("memferryd", "memferry-mover"):
+        guest.add_program(program(name))
+    guest.add_file("refused", REFUSED)
+    guest.run("refused", pins, "--hold", "/pmem/ram", "/bin/sh", "/refused")
     guest.run("chosen", pins, "--hold", "/pmem/ram", memferry, "check", "--region", "ram=/pmem/ram")
     results = guest.boot(limit_s=150)
+    print("\n".join(results["refused"][1]))
     need(list(results) == ["facts", "check", "chosen"], f"not all was run: {list(results)}")
     code, lines = results["facts"]
     passed = [line for line in lines if line.startswith("PASS fs_dax_")]

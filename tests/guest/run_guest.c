@@ -12,12 +12,15 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -41,6 +44,16 @@ static void load_modules(void)
             printf("%s: %s\n", path, strerror(errno));
         close(fd);
     }
+}
+
+static void raise_loopback(void)
+{
+    struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+    if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &lo) != 0)
+        printf("lo: %s\n", strerror(errno));
+    close(fd);
 }
 
 static void mount_at(const char *source, const char *directory, const char *type,
@@ -151,6 +164,7 @@ int main(void)
     mount_at("none", "/dev/shm", "tmpfs", "-");
     mount_at("none", "/tmp", "tmpfs", "-");
     setenv("PATH", "/bin", 1);
+    raise_loopback();
     load_modules();
     FILE *commands = fopen("/commands", "re");
     while (commands && fgets(line, sizeof(line), commands))
