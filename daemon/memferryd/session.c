@@ -300,6 +300,7 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
     }
     s->guest_was_running = info->was_running;
     s->state_s = info->state_s;
+    snprintf(s->memory_note, sizeof(s->memory_note), "%s", info->set_aside);
     if (target_find(s, info, &err) < 0 || precopy_setup(s, info, &err) < 0) {
         session_reject(s, "%s", err.text);
         return;
@@ -510,7 +511,7 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
     out->id = session->id_text;
     out->role = (char *)(uintptr_t)(session->role == MF_SOURCE ? "source" : "destination");
     out->state = (char *)(uintptr_t)mf_state_name(session->state);
-    out->reason = session->reason;
+    out->reason = session->reason[0] ? session->reason : session->memory_note;
     out->ram_bytes = session->ram_bytes;
     out->blackout_us = session->blackout_us;
     if (session->started_ns)

@@ -101,6 +101,7 @@ struct session {
     uint64_t precopy_bytes;          /**< wire_bytes at RELEASE */
     uint64_t unconfirmed_at_release; /**< pages */
     char mode_note[896];             /**< why the mode is not what was asked for */
+    char memory_note[400];           /**< said where there is no other reason: vmm_info.set_aside */
 
     /* The link. */
     uint32_t link;  /**< number of the present or last one */

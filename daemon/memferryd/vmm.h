@@ -73,6 +73,9 @@ struct vmm_info {
      * page that was write-protected in between would count as unwritten: writes can't be tracked.
      */
     char direct_io[192];
+    /** Memory that is left to the VMM or program although an operator may have expected otherwise,
+     * as a sentence with the reason; "" if there is none. */
+    char set_aside[400];
     /** How long the device state may take to get from the source's VMM into the destination's; 0:
      * as long as memferryd's own limit for the switchover. */
     unsigned state_s;

@@ -79,10 +79,16 @@ def tests_on(sandbox, codename, at_least):
             guest.run(f"{name}-hugetlb", inside, "hugetlb")
     guest.run("inject", guest.add_program(kernel_program("test_inject")),
               guest.add_program(kernel_program("victim")))
-    guest.run("check", guest.add_program(program("memferry")), "check", "--json")
+    memferry = guest.add_program(program("memferry"))
+    guest.run("check", memferry, "check", "--json")
+    if version < (6, 7):
+        guest.run("monitor", memferry, "monitor", "1")
     results = guest.boot(limit_s=400)
     for name, (code, lines) in results.items():
         if name == "check":
+            continue
+        if name == "monitor":
+            need(code == 1 and re.search(r"WP_ASYNC.*Linux 6\.7", lines[0]), f"monitor without WP_ASYNC: {lines}")
             continue
         if name == "inject":
             need(code == 0, f"attaching on Linux {kernel.release}: " + "\n".join(lines)[-3000:])
@@ -185,18 +191,14 @@ def session_sid(sandbox):
     session_on(sandbox, "sid")
 
 
-# What was found is also said by a session that is asked for it; "$@" is --pid and a process.
-REFUSED = """
+# The same is said by memferryd; "$@" is --pid and a process.
+DAX_SESSION = """
 mkdir /tmp/a
 memferryd --runtime-dir /tmp/a --listen 127.0.0.1:7001 2>/tmp/a/log &
 while ! [ -S /tmp/a/control.sock ]; do sleep 0.1; done
-memferry --runtime-dir /tmp/a receive prog --load true --region ram=/pmem/ram "$@"
-echo "exit $?"
-memferry --runtime-dir /tmp/a receive prog --load true "$@"
-echo "exit $?"
+memferry --runtime-dir /tmp/a receive prog --load true --region ram=/pmem/ram "$@" && exit 1
+memferry --runtime-dir /tmp/a receive prog --load true "$@" >&2 || exit 1
 memferry --runtime-dir /tmp/a status prog --json
-memferry --runtime-dir /tmp/a status prog
-cat /tmp/a/log
 """
 
 
@@ -212,12 +214,11 @@ def dax_on(sandbox, codename):
     guest.add_shell()
     for name in ("memferryd", "memferry-mover"):
         guest.add_program(program(name))
-    guest.add_file("refused", REFUSED)
-    guest.run("refused", pins, "--hold", "/pmem/ram", "/bin/sh", "/refused")
+    guest.add_file("session", DAX_SESSION)
+    guest.run("session", pins, "--hold", "/pmem/ram", "/bin/sh", "/session")
     guest.run("chosen", pins, "--hold", "/pmem/ram", memferry, "check", "--region", "ram=/pmem/ram")
     results = guest.boot(limit_s=150)
-    print("\n".join(results["refused"][1]))
-    need(list(results) == ["facts", "check", "chosen"], f"not all was run: {list(results)}")
+    need(list(results) == ["facts", "check", "session", "chosen"], f"not all was run: {list(results)}")
     code, lines = results["facts"]
     passed = [line for line in lines if line.startswith("PASS fs_dax_")]
     need(code == 0 and len(passed) == 3, f"fs-dax on Linux {kernel.release}: {lines}")
@@ -231,6 +232,14 @@ def dax_on(sandbox, codename):
     code, lines = results["chosen"]
     need(code == 1 and re.search(r"/pmem/ram.*fs-dax.*tmpfs", " ".join(lines)),
          f"what is on fs-dax should be refused by name: {lines}")
+    code, lines = results["session"]
+    said = "\n".join(lines)
+    need(code == 0 and re.search(r"/pmem/ram, which --region ram names.*fs-dax", said),
+         f"memferryd should refuse what is on fs-dax and serve the rest: {said}")
+    session = json.loads(said[said.index("{"):said.rindex("}") + 1])
+    need(session["state"] == "waiting" and session["ram_bytes"] == 64 * 4096
+         and re.search(r"/pmem/ram is not migrated.*fs-dax", session["reason"]),
+         f"status should say what is left aside, and why: {session}")
 
 
 @e2e(limit_s=600)

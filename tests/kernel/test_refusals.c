@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 #include "lib/pagemap.h"
@@ -51,6 +52,28 @@ static void a_missing_feature_is_refused_by_its_name(void **state)
     }
 }
 
+/** What mf_uffd_feature_name() says of releases. A distribution may have carried more back. */
+static void what_came_with_a_release_is_there(void **state)
+{
+    (void)state;
+    uint64_t have;
+    struct mf_error err = {0};
+    struct utsname system;
+    int major = 0, minor = 0;
+    assert_int_equal(uname(&system), 0);
+    assert_int_equal(sscanf(system.release, "%d.%d", &major, &minor), 2);
+    assert_int_equal(mf_uffd_features(&have, &err), 0);
+    for (unsigned bit = 0; bit < 64; bit++) {
+        const char *since, *name = mf_uffd_feature_name((uint64_t)1 << bit, &since);
+        int since_major, since_minor;
+        if (sscanf(since, "%d.%d", &since_major, &since_minor) != 2)
+            continue; /* nothing is known of it */
+        bool due = major > since_major || (major == since_major && minor >= since_minor);
+        if (due && !(have >> bit & 1))
+            fail_msg("Linux %s has no %s, which came with %s", system.release, name, since);
+    }
+}
+
 /** Both have come with one release (6.7); memferry relies on not having to tell them apart. */
 static void tracking_and_listing_writes_come_together(void **state)
 {
@@ -81,6 +104,7 @@ int main(int argc, char **argv)
     static const struct fact facts[] = {
         FACT(an_unknown_feature_fails_the_handshake_for_good),
         FACT(a_missing_feature_is_refused_by_its_name),
+        FACT(what_came_with_a_release_is_there),
         FACT(tracking_and_listing_writes_come_together),
     };
     return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);

@@ -226,6 +226,18 @@ static int run(struct vmm *vmm, const char *word, const char *text, int stdin_fd
 
 /* ---- probing ---- */
 
+/* Files on disks are left alone as a matter of course; one that looks like memory is told of. */
+static void note_set_aside(struct vmm *vmm)
+{
+    vmm->info.set_aside[0] = '\0';
+    for (size_t i = vmm->file_count; i-- > 0;) {
+        const struct mf_file *file = &vmm->files[i];
+        if (file->verdict == MF_FILE_LEFT && file->kind == MF_MEMORY_DAX && file->written_to)
+            snprintf(vmm->info.set_aside, sizeof(vmm->info.set_aside),
+                     "%.200s is not migrated, nor is any of it pinned: %s", file->path, file->why);
+    }
+}
+
 static int set_info(struct vmm *vmm, struct mf_error *err)
 {
     struct vmm_info *info = &vmm->info;
@@ -235,6 +247,7 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
     info->state_s = vmm->timeout_ms / 1000;
     if (mf_process_direct(vmm->pid, info->direct_io, sizeof(info->direct_io)) <= 0)
         info->direct_io[0] = '\0';
+    note_set_aside(vmm);
     info->backends = calloc(vmm->file_count + vmm->choice_count + 1, sizeof(*info->backends));
     if (!info->backends)
         return mf_fail(err, ENOMEM, "out of memory");
