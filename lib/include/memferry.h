@@ -100,7 +100,7 @@ struct memferry_change {
 struct memferry_failure {
     size_t struct_bytes;
     uint32_t region;
-    int32_t error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC, …) */
+    int32_t error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC,, ...) */
     uint64_t first_page, pages;
 };
 
