@@ -265,6 +265,9 @@ static int add_region(struct memferry_server *s, void *argument)
     atomic_fetch_add(&s->missing_pages, missing);
     atomic_store(&s->region_count, index + 1);
     s->events.region_count = index + 1;
+    _Static_assert(MEMFERRY_REGIONS_MAX <= 64, "a bit for each");
+    if (s->region[index].kind == MF_MEMORY_PRIVATE) /* can't be found again by looking */
+        s->layout.keep |= UINT64_C(1) << index;
     if (s->region[index].kind != MF_MEMORY_PRIVATE &&
         !(s->options.flags & MEMFERRY_REMOVE_DISCARDS)) {
         s->events_ops.observe = server_observe;
