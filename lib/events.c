@@ -2,7 +2,9 @@
 #include "lib/events.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lib/log.h"
@@ -13,6 +15,7 @@
 #include "lib/vma.h"
 
 #define MESSAGES_A_READ 64u
+#define OBSERVE_TRIES 2000u
 /* Looked at twice and different each time: somebody changes it faster than that. */
 #define LOOKS_MAX 8u
 
@@ -409,21 +412,59 @@ static void queue_fault(struct mf_events *events, uint32_t context, const struct
         let_fault_again(events, &fault);
 }
 
+/*
+ * May a message be read now, with @room for how many? If it matters who sent an event, not one is
+ * read whose sender was not seen before.
+ *
+ * If poll(2) says that there is something to read, and after that no event is pending, it is a
+ * fault; and read(2) hands out faults before events. So one message can be read, and is that one,
+ * if it does not go away. While the gate is closed nobody else fills or wakes. But a thread that
+ * faults while its page is being mapped is seen for an instant (handle_userfault() queues, and then
+ * looks once more): so all is asked twice. What is left is a thread that is killed by a signal just
+ * then, with an event at the same time: that one's sender is not seen.
+ *
+ * If an event is pending: as many events as were seen to wait. None was seen: it is not queued yet,
+ * or its thread has not gone on since it was read. Either takes some microseconds. So does what
+ * those do who still wait when one message is read: all are woken and sleep again, and whoever is
+ * awake just then can't be told from one who does not wait.
+ */
+static bool may_read(struct mf_events *events, uint32_t context, bool event, size_t *room)
+{
+    const int uffd = uffd_of(events, context);
+    *room = MESSAGES_A_READ;
+    if (!events->ops->observe)
+        return true;
+    *room = 1;
+    for (unsigned tries = 0; tries < OBSERVE_TRIES; tries++) {
+        struct pollfd readable = {.fd = uffd, .events = POLLIN};
+        if (poll(&readable, 1, 0) <= 0)
+            return false;
+        if (events->observed > 0)
+            return true;
+        if (mf_uffd_event_pending(uffd) <= 0) {
+            if (poll(&readable, 1, 0) <= 0)
+                return false;
+            if (mf_uffd_event_pending(uffd) <= 0)
+                return true;
+        }
+        if (event || tries > 0)
+            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+        events->observed = events->ops->observe(events->arg, context);
+        if (events->observed > 0)
+            return true;
+    }
+    return true; /* its sender does not get to run: somebody else's faults can't wait for that */
+}
+
 /* The gate is closed. */
 static int read_all(struct mf_events *events, uint32_t context)
 {
     struct uffd_msg messages[MESSAGES_A_READ];
+    size_t room;
     int event = 0;
     events->observed = 0;
-    for (;;) {
-        size_t room = sizeof(messages);
-        /* One event at a time if it matters who sent it: who sends the next may not be seen yet. */
-        if (events->ops->observe && mf_uffd_event_pending(uffd_of(events, context)) > 0) {
-            if (events->observed == 0)
-                events->observed = events->ops->observe(events->arg, context);
-            room = sizeof(messages[0]);
-        }
-        ssize_t n = read(uffd_of(events, context), messages, room);
+    while (may_read(events, context, event, &room)) {
+        ssize_t n = read(uffd_of(events, context), messages, room * sizeof(messages[0]));
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN)
@@ -440,9 +481,10 @@ static int read_all(struct mf_events *events, uint32_t context)
             event = 1;
         }
         /* Fewer than there was room for: the kernel stopped at its own EAGAIN. */
-        if (n < (ssize_t)room)
+        if ((size_t)n < room * sizeof(messages[0]))
             return event;
     }
+    return event;
 }
 
 int mf_events_read(struct mf_events *events, uint32_t context)

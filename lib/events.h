@@ -77,7 +77,8 @@ struct mf_events_ops {
 
     /** observe: an event of @context waits to be read, and whoever sent it waits in its system
      * call: the last chance to see in which. NULL: nobody wants to know. Return: how many events
-     * may be read before it must be asked again, at least 1. */
+     * may be read before it must be asked again; 0: nobody is seen to wait (the event is about to
+     * be sent, or was read a moment ago), ask again. */
     unsigned (*observe)(void *arg, uint32_t context);
     /** removed: what a REMOVE event over [@start_addr, @end_addr) does. NULL: it removes. */
     enum mf_removed (*removed)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);

@@ -44,6 +44,7 @@ enum mf_ipc_type {
     MF_IPC_SEND_ABORT,
     MF_IPC_UNLINK,
     /* mover → memferryd */
+    MF_IPC_COMPANION, /**< destination, before READY: the process that shares its descriptors */
     MF_IPC_READY,
     MF_IPC_PEER_HELLO, /**< destination: regions agree; may it go on? */
     MF_IPC_LINK_UP,
@@ -67,7 +68,12 @@ struct mf_ipc {
             uint32_t role, region_count, context_count, mapping_count;
             uint8_t session_id[MF_SESSION_ID_BYTES];
             char name[64];
+            int32_t pid;       /**< of the target */
             uint8_t restarted; /**< the session had a mover before: take its page states over */
+            /** Destination: what the target does is such that MADV_DONTNEED too means that pages
+             * are not wanted any more (QEMU punches them out of the file before). Else it means
+             * that the mapping alone is emptied. */
+            uint8_t dontneed_discards;
         } setup;
         struct {
             char name[64];
@@ -80,6 +86,7 @@ struct mf_ipc {
             uint32_t index; /**< MAPS; contexts are numbered in the order of their messages */
             uint8_t child;  /**< CONTEXT: of a process that the target has forked */
         } context;
+        int32_t companion_pid; /**< COMPANION */
         struct mf_mapping mapping;
         struct {
             uint32_t link, streams;

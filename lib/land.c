@@ -342,3 +342,32 @@ void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t f
         lander->ops->served(lander->arg, region, p.waiting[--p.waiting_count]);
     lander->ops->landed(lander->arg, MF_LANDED_CURRENT, confirmed);
 }
+
+void mf_land_discard(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                     uint64_t pages, bool all)
+{
+    const struct mf_pages *states = &lander->pages[region];
+    const struct mf_region *of = &lander->resolver.region[region];
+    uint64_t missing = 0, stale = 0; /* so many in a row before `page` */
+    int error = 0;
+    for (uint64_t page = first; page < first + pages; page++) {
+        uint8_t was = mf_page_discard(states, page);
+        const bool landing = mf_page_state_of(was) == MF_PAGE_LANDING; /* its lander finishes it */
+        const bool unseen = !mf_page_resolvable(was) && (was & (MF_PAGE_LANDED | MF_PAGE_TORN));
+        missing += !landing && !mf_page_resolvable(was);
+        if (!landing && (was & MF_PAGE_FAULTED)) {
+            mf_resolve_wake(&lander->resolver, region, page);
+            lander->ops->served(lander->arg, region, page);
+        }
+        stale += all || unseen;
+        if (stale > 0 && ((!all && !unseen) || page + 1 == first + pages)) {
+            const uint64_t end = all || unseen ? page + 1 : page;
+            int r = land_punch(of, end - stale, stale);
+            error = r < 0 ? r : error;
+            stale = 0;
+        }
+    }
+    if (error < 0)
+        lander->ops->broken(lander->arg, region, error);
+    lander->ops->landed(lander->arg, MF_LANDED_DISCARDED, missing);
+}

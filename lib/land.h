@@ -78,3 +78,13 @@ void mf_land_current(const struct mf_lander *lander, const struct mf_frame *fram
  * MF_LANDED_CURRENT. */
 void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t first,
                      uint64_t pages);
+
+/**
+ * mf_land_discard() - the target has discarded pages: they are DISCARDED, or will be when who lands
+ * them is through. By the thread that reads events, with the gate closed, so it does not resolve:
+ * who waits is woken and faults again.
+ * @all: take out of the file whatever lies there. Else only what the target has never seen, which
+ * must not be seen now either; the rest it takes out itself, if that is what it does.
+ */
+void mf_land_discard(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                     uint64_t pages, bool all);

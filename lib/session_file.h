@@ -30,6 +30,7 @@ struct mf_figures {
     _Atomic uint64_t dirty_pages; /**< source: copied before RELEASE and found written after it */
     _Atomic uint64_t round_pages; /**< source: copied in the present round */
     _Atomic uint64_t round_left_pages; /**< source: of the present round, not looked at yet */
+    _Atomic uint64_t removes_unknown;  /**< REMOVE events of which nobody saw the call */
     _Atomic uint64_t faults_asked;     /**< REQUESTs sent (destination) or answered (source) */
     struct mf_histogram
         faults; /**< from reading the message to the return of the resolving ioctl */

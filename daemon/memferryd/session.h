@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "daemon/memferryd/daemon.h"
+#include "daemon/memferryd/keeper.h"
 #include "daemon/memferryd/vmm.h"
 #include "lib/ipc.h"
 #include "lib/machine.h"
@@ -79,8 +80,10 @@ struct session {
     int layout_fd;              /**< destination with private memory: lib/layout_file.h, else -1 */
     struct mf_mapping *watched; /**< source: what is watched for writes; owned */
     unsigned watched_count;
-    int uffd;        /**< our duplicate; -1 at a source that does not track writes */
-    int remote_uffd; /**< its number inside the target (I2), -1: none */
+    int uffd;               /**< our duplicate; -1 at a source that does not track writes */
+    int remote_uffd;        /**< its number inside the target (I2), -1: none */
+    struct keeper children; /**< destination: of the target's, between two movers */
+    bool dontneed_discards; /**< as in MF_IPC_SETUP */
 
     /* The mover and the session file. */
     int file_fd;

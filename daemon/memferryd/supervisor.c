@@ -32,6 +32,9 @@ struct mover_process {
     int pidfd, sock;
     bool ready;
     struct event *exit_event, *sock_event;
+    pid_t companion; /**< shares its descriptors; 0: none, or it has been reaped */
+    int companion_pidfd;
+    struct event *companion_event;
 };
 
 /* Beside memferryd in a build tree, in libexec when installed. */
@@ -114,11 +117,82 @@ static void free_process(struct mover_process *m)
         event_free(m->exit_event);
     if (m->sock_event)
         event_free(m->sock_event);
+    if (m->companion_event)
+        event_free(m->companion_event);
+    if (m->companion_pidfd >= 0)
+        close(m->companion_pidfd);
     if (m->pidfd >= 0)
         close(m->pidfd);
     if (m->sock >= 0)
         close(m->sock);
     free(m);
+}
+
+/* What only @pid still holds of the target's children. */
+static void keep_children(struct session *session, pid_t pid)
+{
+    struct mf_error err;
+    if (!session || session->role != MF_DESTINATION || session_ended(session))
+        return;
+    int kept = keeper_take(&session->children, pid, session->uffd, &err);
+    if (kept < 0)
+        mf_log(MF_LOG_ERR, "%s: the memory of forked processes is lost: %s", session->name,
+               err.text);
+    else if (kept > 0)
+        mf_log(MF_LOG_NOTICE, "%s: %d forked processes wait for the next memferry-mover",
+               session->name, kept);
+}
+
+static void end_companion(struct mover_process *m)
+{
+    if (m->companion_event)
+        event_free(m->companion_event);
+    m->companion_event = NULL;
+    if (!m->companion)
+        return;
+    kill(m->companion, SIGKILL);
+    waitpid(m->companion, NULL, 0);
+    m->companion = 0;
+}
+
+/* It is not needed for the mover to go on, but for what comes when that is killed too: so another
+ * pair takes over. The mover is stopped first, or it might get another descriptor meanwhile. */
+static void on_companion_exit(evutil_socket_t fd, short what, void *arg)
+{
+    struct mover_process *m = arg;
+    siginfo_t info;
+    (void)fd;
+    (void)what;
+    end_companion(m);
+    if (!m->session || kill(m->pid, SIGSTOP) != 0)
+        return;
+    for (unsigned i = 0; i < 200; i++) {
+        info.si_pid = 0;
+        if (waitid(P_PID, (id_t)m->pid, &info, WSTOPPED | WEXITED | WNOHANG | WNOWAIT) != 0 ||
+            info.si_pid != 0)
+            break;
+        usleep(1000);
+    }
+    mf_log(MF_LOG_WARNING, "%s: the companion of memferry-mover has ended; starting both again",
+           m->session->name);
+    keep_children(m->session, m->pid);
+    kill(m->pid, SIGKILL);
+}
+
+static void take_companion(struct mover_process *m, pid_t pid)
+{
+    siginfo_t info;
+    /* Said before it has read anything from the network; and it is a child of this process. */
+    if (m->ready || m->companion || pid == m->pid || pid <= 0 ||
+        waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) != 0)
+        return;
+    m->companion = pid;
+    m->companion_pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (m->companion_pidfd >= 0 && m->session)
+        m->companion_event = event_new(daemon_base(m->session->daemon), m->companion_pidfd, EV_READ,
+                                       on_companion_exit, m);
+    if (m->companion_event)
+        event_add(m->companion_event, NULL);
 }
 
 static void on_exit_event(evutil_socket_t fd, short what, void *arg)
@@ -136,6 +210,9 @@ static void on_exit_event(evutil_socket_t fd, short what, void *arg)
     else
         snprintf(how, sizeof(how), "was killed by signal %d (%s)", info.si_status,
                  strsignal(info.si_status));
+    if (m->companion)
+        keep_children(session, m->companion);
+    end_companion(m);
     /* Its last messages may still lie in the socket; a dead mover's words are not needed. */
     free_process(m);
     if (session) {
@@ -161,8 +238,11 @@ static void on_message(evutil_socket_t fd, short what, void *arg)
             return;
         }
         struct session *session = m->session;
-        if (message.type == MF_IPC_READY) {
+        if (message.type == MF_IPC_COMPANION) {
+            take_companion(m, message.companion_pid);
+        } else if (message.type == MF_IPC_READY) {
             m->ready = true;
+            keeper_drop(&session->children); /* it holds them now, with its companion */
             session_on_mover_ready(session);
         } else {
             session_on_mover_message(session, &message);
@@ -172,7 +252,8 @@ static void on_message(evutil_socket_t fd, short what, void *arg)
     }
 }
 
-static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, int log_level)
+static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, int log_level,
+                   enum mf_role role)
 {
     char arguments[4][16];
     snprintf(arguments[0], sizeof(arguments[0]), "%d", 3);
@@ -184,6 +265,7 @@ static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, in
                     arguments[1],
                     arguments[2],
                     arguments[3],
+                    (char *)(uintptr_t)(role == MF_SOURCE ? "source" : "destination"),
                     NULL};
     pid_t pid = fork();
     if (pid != 0)
@@ -255,6 +337,8 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
                                      .region_count = session->region_count,
                                      .context_count = session->uffd >= 0,
                                      .mapping_count = (uint32_t)mapping_count,
+                                     .pid = session->pid,
+                                     .dontneed_discards = session->dontneed_discards,
                                      .restarted = session->mover_restarts > 0}};
     memcpy(setup.setup.session_id, session->id, sizeof(session->id));
     memcpy(setup.setup.name, session->name, sizeof(session->name));
@@ -276,6 +360,9 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         r = hand_over_maps(session, sock);
     if (r == 0 && session->layout_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_LAYOUT}, session->layout_fd);
+    for (unsigned i = 0; r == 0 && i < session->children.count; i++)
+        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT, .context = {.child = true}},
+                        session->children.uffd[i]);
     if (r == 0 && session->pagemap_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
     if (r == 0 && read_private)
@@ -304,14 +391,14 @@ int mover_start(struct session *session, struct mf_error *err)
     struct mover_process *m = calloc(1, sizeof(*m));
     if (!m)
         return mf_fail(err, ENOMEM, "out of memory");
-    m->pidfd = m->sock = -1;
+    m->pidfd = m->sock = m->companion_pidfd = -1;
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0) {
         r = mf_fail(err, errno, "cannot make a socket for memferry-mover: %s", strerror(errno));
         free_process(m);
         return r;
     }
     m->sock = pair[0];
-    m->pid = spawn(program, pair[1], uid, gid, config->log_level);
+    m->pid = spawn(program, pair[1], uid, gid, config->log_level, session->role);
     int spawn_errno = errno;
     close(pair[1]);
     if (m->pid < 0) {

@@ -299,6 +299,7 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
     cleanup_free struct mf_vma *vmas = NULL;
     size_t vma_count = 0;
     session->pid = info->pid;
+    session->dontneed_discards = info->dontneed_discards;
     int r = watch(session, err);
     if (r == 0)
         r = mf_target_vmas(session->pid, &vmas, &vma_count, err);
@@ -386,6 +387,7 @@ void target_stop_watching(struct session *session)
         mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
                session_noun(session), err.text);
     session->remote_uffd = -1;
+    keeper_drop(&session->children);
     if (session->pagemap_fd >= 0)
         close(session->pagemap_fd);
     session->pagemap_fd = -1;

@@ -67,6 +67,10 @@ struct vmm_target {
 struct vmm_info {
     pid_t pid;        /**< QEMU: from SO_PEERCRED of the socket */
     char version[64]; /**< e.g. "QEMU 7.2.22" */
+    /** Does MADV_DONTNEED mean that the VMM gives pages of guest memory back? QEMU punches them out
+     * of the file, of which nothing tells, and then calls it. To other programs it means that the
+     * mapping alone is emptied. */
+    bool dontneed_discards;
     bool was_running; /**< source: the guest ran when probed. A paused guest arrives paused. */
     /** A drive whose reads go into guest memory past the processor (O_DIRECT), "" if there is none.
      * The kernel pins the pages when such a read begins and does not see the bytes arrive, so a

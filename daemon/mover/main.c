@@ -2,7 +2,7 @@
 /*
  * memferry-mover: the data plane of one session on one host. Started by memferryd, never by hand:
  *
- *     memferry-mover IPC-FD UID GID LOG-LEVEL
+ *     memferry-mover IPC-FD UID GID LOG-LEVEL source|destination
  *
  * It becomes UID:GID without capabilities, takes descriptors over IPC-FD, puts a system-call filter
  * around itself and then serves until memferryd closes the socket.
@@ -205,7 +205,7 @@ static void raise_fd_limit(void)
 int main(int argc, char **argv)
 {
     static struct mover mover; /* large: the layout's table */
-    if (argc != 5) {
+    if (argc != 6) {
         fprintf(stderr,
                 "memferry-mover is started by memferryd; there is nothing to run by hand.\n");
         return 2;
@@ -222,14 +222,22 @@ int main(int argc, char **argv)
     pthread_mutex_init(&mover.link.reason_lock, NULL);
 
     struct mf_error err;
+    const uid_t uid = (uid_t)strtoul(argv[2], NULL, 10);
+    const gid_t gid = (gid_t)strtoul(argv[3], NULL, 10);
     raise_fd_limit();
+    mover.companion.sock = -1;
+    if (strcmp(argv[5], "destination") == 0 &&
+        companion_start(&mover.companion, mover.ipc_fd, uid, gid, &err) < 0)
+        mover_fatal("%s", err.text);
     schedule_first();
-    if (sandbox_drop_privileges((uid_t)strtoul(argv[2], NULL, 10),
-                                (gid_t)strtoul(argv[3], NULL, 10), &err) < 0)
+    if (sandbox_drop_privileges(uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
     mover.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (mover.wake_fd < 0)
         mover_fatal("cannot make an eventfd: %s", strerror(errno));
+    if (mover.companion.pid)
+        mover_tell(&mover, &(struct mf_ipc){.type = MF_IPC_COMPANION,
+                                            .companion_pid = mover.companion.pid});
     mover_setup(&mover);
     if (sandbox_filter(&err) < 0)
         mover_fatal("%s", err.text);

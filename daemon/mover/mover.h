@@ -20,6 +20,7 @@
 
 #include "lib/context.h"
 #include "lib/gate.h"
+#include "daemon/mover/companion.h"
 #include "lib/ipc.h"
 #include "lib/layout.h"
 #include "lib/layout_file.h"
@@ -136,6 +137,9 @@ struct mover {
     struct mf_session_view view;
     struct mf_figures *figures;
 
+    struct companion companion; /**< destination; asked by the fault thread */
+    bool dontneed_discards;     /**< as in MF_IPC_SETUP */
+
     struct link link;
     struct tunnel tunnel;
     struct sweep sweep;          /**< source */
@@ -168,6 +172,9 @@ void mover_keep_layout(struct mover *mover);
 /** sandbox_drop_privileges() - become @uid and @gid, without capabilities, for good. First thing in
  * main. */
 int sandbox_drop_privileges(uid_t uid, gid_t gid, struct mf_error *err);
+/** sandbox_companion() - the companion: @uid and @gid too, but with the capabilities to look at
+ * other processes, and a filter under which nothing is written but answers. Does both. */
+int sandbox_companion(uid_t uid, gid_t gid, struct mf_error *err);
 /** sandbox_filter() - the system-call filter; after setup, before any byte of the peer is read. */
 int sandbox_filter(struct mf_error *err);
 

@@ -139,6 +139,23 @@ static void set_layout(struct mover *mover, const struct mf_mapping *handed, uns
         mover_fatal("the file that keeps the layout does not fit the regions");
 }
 
+static void introduce(struct mover *mover, pid_t target)
+{
+    uint64_t files[MF_REGIONS_MAX][2];
+    unsigned count = 0;
+    for (unsigned i = 0; i < mover->region_count; i++) {
+        if (mover->region[i].kind == MF_MEMORY_PRIVATE)
+            continue;
+        files[count][0] = mover->region[i].device;
+        files[count++][1] = mover->region[i].inode;
+    }
+    int r = companion_introduce(&mover->companion, target, files, count);
+    if (r < 0)
+        mover_fatal("the mover's companion of %s does not answer: %s", mover->name, strerror(-r));
+    for (uint32_t i = 0; i < mover->contexts.count; i++)
+        *mover->companion.children += mf_context_at(&mover->contexts, i)->child;
+}
+
 void mover_setup(struct mover *mover)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -146,6 +163,7 @@ void mover_setup(struct mover *mover)
     int session_fd = -1;
     bool restarted = false;
     struct mf_context *context;
+    pid_t target = 0;
     struct mf_ipc message;
     struct mf_error err;
 
@@ -162,6 +180,8 @@ void mover_setup(struct mover *mover)
             memcpy(mover->session_id, message.setup.session_id, sizeof(mover->session_id));
             memcpy(mover->name, message.setup.name, sizeof(mover->name) - 1);
             restarted = message.setup.restarted;
+            target = message.setup.pid;
+            mover->dontneed_discards = message.setup.dontneed_discards;
             session_fd = fd;
             break;
         case MF_IPC_REGION:
@@ -223,6 +243,7 @@ all:
         mover_fatal("out of memory for the sweep of %s", mover->name);
     if (mover->role == MF_SOURCE)
         return;
+    introduce(mover, target);
     /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */
     for (uint32_t i = 0; i < mover->contexts.count; i++)
         wake_all(mf_context_uffd(&mover->contexts, i));

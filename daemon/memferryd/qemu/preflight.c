@@ -104,6 +104,7 @@ static int judge_source_state(struct judge *j)
         {"debug", "a debugger holds the guest: let it go on, and try again"},
     };
     const char *state = text_of(j->replies->status, "status");
+    j->info->dontneed_discards = true; /* ram_block_discard_range() */
     j->info->was_running = strcmp(state, "running") == 0 || strcmp(state, "suspended") == 0;
     if (j->info->was_running || strcmp(state, "paused") == 0)
         return 0;

@@ -31,6 +31,7 @@
 #define REQUESTS_ROOM 4096u /**< REQUESTs not sent yet */
 #define RETRY_NS 5000000    /**< parked faults are tried again this often, at the latest */
 
+#define UNKNOWN_SAID 16u      /**< so many are logged one by one */
 #define CHILDREN_NS 500000000 /**< so often it is seen which children are gone */
 
 enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD, TAG_CHILDREN, TAG_CANCEL };
@@ -330,18 +331,7 @@ static void fault(void *argument, const struct mf_fault *fault, uint32_t region,
 static void discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
 {
     struct fault_thread *t = argument;
-    uint64_t missing = 0;
-    for (uint64_t page = first; page < first + pages; page++) {
-        uint8_t was = mf_page_discard(&t->mover->view.pages[region], page);
-        if (mf_page_state_of(was) == MF_PAGE_LANDING)
-            continue; /* its lander finishes it */
-        missing += !mf_page_resolvable(was);
-        if (was & MF_PAGE_FAULTED) {
-            mf_resolve_wake(&t->lander.resolver, region, page);
-            account_served(t->mover, region, page);
-        }
-    }
-    account_missing(t->mover, missing);
+    mf_land_discard(&t->lander, region, first, pages, t->mover->dontneed_discards);
 }
 
 /* A poll that is under way holds a reference to the userfaultfd: it is cancelled first, and when
@@ -393,11 +383,69 @@ static void on_event(void *argument, uint32_t context)
     read_messages(argument, context);
 }
 
+static pid_t process_of(const struct fault_thread *t, uint32_t context)
+{
+    const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
+    /* A child of which nobody knows yet which process it is: any that is not known. */
+    return of->child && !of->pid ? -1 : of->pid;
+}
+
 static void forked(void *argument, uint32_t parent, uint32_t context)
 {
     struct fault_thread *t = argument;
-    (void)parent;
+    struct companion *companion = &t->mover->companion;
+    struct mf_context *child = mf_context_at(&t->mover->contexts, context);
+    const struct uffd_msg message = {.event = UFFD_EVENT_FORK};
+    struct mf_change change = {0};
+    if (companion->children)
+        atomic_fetch_add(companion->children, 1);
     arm_uffd(t, context);
+    /* Otherwise it is known by its first fault. */
+    if (t->mover->dontneed_discards)
+        return;
+    if (!companion_reason(companion, process_of(t, parent), &message, &change))
+        t->events.observed = 0;
+    const int maps_fd = change.tid ? companion_child(companion, change.tid, &child->pid) : -1;
+    child->maps_fd = maps_fd < 0 ? -1 : maps_fd;
+    child->pid = maps_fd < 0 ? 0 : child->pid;
+}
+
+/* Which process is it? Its own thread's number says so: that one waits until it is served. */
+static int maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
+{
+    struct fault_thread *t = argument;
+    pid_t pid = 0;
+    int r = companion_maps(&t->mover->companion, tid, addr, &pid);
+    if (r >= 0)
+        mf_context_at(&t->mover->contexts, context)->pid = pid;
+    return r;
+}
+
+static unsigned observe(void *argument, uint32_t context)
+{
+    struct fault_thread *t = argument;
+    int r = companion_observe(&t->mover->companion, process_of(t, context));
+    return r >= 0 ? (unsigned)r : 1;
+}
+
+static enum mf_removed removed(void *argument, uint32_t context, uint64_t start_addr,
+                               uint64_t end_addr)
+{
+    struct fault_thread *t = argument;
+    const struct uffd_msg message = {.event = UFFD_EVENT_REMOVE,
+                                     .arg.remove = {.start = start_addr, .end = end_addr}};
+    struct mf_change change;
+    if (!companion_reason(&t->mover->companion, process_of(t, context), &message, &change))
+        t->events.observed = 0;
+    if (change.reason == MF_REASON_DONTNEED)
+        return MF_REMOVED_NOTHING;
+    if (change.reason != MF_REASON_REMOVE &&
+        atomic_fetch_add(&t->mover->figures->removes_unknown, 1) < UNKNOWN_SAID)
+        mf_log(MF_LOG_WARNING,
+               "%s: %" PRIu64 " KiB at %#" PRIx64 " were emptied by a call that could not be "
+               "seen; what has not arrived of them counts as discarded",
+               t->mover->name, (end_addr - start_addr) >> 10, start_addr);
+    return MF_REMOVED_PAGES;
 }
 
 static void arm_timer(struct fault_thread *t)
@@ -427,8 +475,11 @@ static void uffd_readable(struct fault_thread *t, uint32_t context, const struct
     const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
     const bool more = cqe->flags & IORING_CQE_F_MORE;
     if (of && of->leaving) {
-        if (!more)
+        if (!more) {
             mf_events_drop(&t->events, context);
+            if (t->mover->companion.children)
+                atomic_fetch_sub(t->mover->companion.children, 1);
+        }
         return;
     }
     if (cqe->res < 0 || (cqe->res & POLLERR))
@@ -529,8 +580,14 @@ static void kick(struct fault_thread *t)
     (void)n;
 }
 
-static const struct mf_events_ops events_ops = {
-    .fault = fault, .discard = discard, .forked = forked};
+static const struct mf_events_ops discarding_ops = {
+    .fault = fault, .discard = discard, .forked = forked, .maps = maps};
+static const struct mf_events_ops telling_ops = {.fault = fault,
+                                                 .discard = discard,
+                                                 .forked = forked,
+                                                 .maps = maps,
+                                                 .observe = observe,
+                                                 .removed = removed};
 
 int faults_start(struct mover *mover)
 {
@@ -542,7 +599,7 @@ int faults_start(struct mover *mover)
     atomic_store(&t->wanted_fd, -1);
     t->lander = account_lander(mover, on_event, t);
     t->lander.by_mapping = true;
-    t->events.ops = &events_ops;
+    t->events.ops = mover->dontneed_discards ? &discarding_ops : &telling_ops;
     t->events.arg = t;
     t->events.layout = &mover->layout;
     t->events.region = mover->region;
