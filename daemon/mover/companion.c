@@ -409,8 +409,22 @@ static int observe_more(struct companion *companion, pid_t pid)
     return r;
 }
 
+/* Whoever's message was read may be seen once more before it has gone on: it has none to come. */
+static void carry_over(const struct mf_blocked *before, size_t before_count,
+                       struct mf_blocked *blocked, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        for (size_t k = 0; k < before_count; k++)
+            if (before[k].taken && before[k].tid == blocked[i].tid &&
+                before[k].switches == blocked[i].switches)
+                blocked[i].taken = true;
+}
+
 int companion_observe(struct companion *companion, pid_t pid)
 {
+    struct mf_blocked before[COMPANION_BLOCKED_MAX];
+    const size_t before_count = companion->blocked_count;
+    memcpy(before, companion->blocked, before_count * sizeof(before[0]));
     const bool soon = mf_now_ns() - companion->observed_ns < SOON_NS;
     companion->blocked_count = 0;
     int r = observe_more(companion, pid);
@@ -418,6 +432,7 @@ int companion_observe(struct companion *companion, pid_t pid)
         nanosleep(&(struct timespec){.tv_nsec = 30000}, NULL);
         r = observe_more(companion, pid);
     }
+    carry_over(before, before_count, companion->blocked, companion->blocked_count);
     companion->observed_ns = mf_now_ns();
     return r;
 }
