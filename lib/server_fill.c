@@ -164,7 +164,7 @@ int server_check_run(const struct memferry_server *s, uint32_t region, uint64_t 
     const uint64_t all = s->region[region].pages;
     if (first > all || pages > all - first)
         return server_fail(EINVAL, "pages %llu to %llu go beyond the %llu of region %u",
-                           (unsigned long long)first, (unsigned long long)(first + pages),
+                           (unsigned long long)first, (unsigned long long)first + pages,
                            (unsigned long long)all, region);
     return 0;
 }

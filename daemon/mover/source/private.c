@@ -8,7 +8,6 @@
 #include "lib/pagemap.h"
 
 #define PIECE_BYTES SENDER_BATCH_BYTES
-_Static_assert(SENDER_ROOM_BYTES >= 2 * PIECE_BYTES, "one piece is sent while the next is read");
 
 static int look(const struct mover *mover, uint32_t region, uint64_t first, uint64_t pages,
                 uint8_t *held)

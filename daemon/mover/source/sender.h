@@ -20,7 +20,9 @@
 #define SENDER_BATCH_BYTES                                                                         \
     (256u * 1024u) /**< sent in one go; bounds what an urgent answer waits behind */
 
-#define SENDER_ROOM_BYTES (2 * SENDER_BATCH_BYTES) /**< for bytes of private memory */
+#define SENDER_ROOM_BYTES                                                                          \
+    (2 * SENDER_BATCH_BYTES) /**< for bytes of private memory: one piece is sent while the next is \
+                                read */
 
 struct sender {
     struct mover *mover;
