@@ -318,11 +318,13 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
         session_reject(s, "%s", err.text);
 }
 
-static void open_vmm(struct session *s, const struct vmm_target *target)
+static void open_vmm(struct session *s, const struct vmm_target *named)
 {
+    struct vmm_target target = *named;
+    target.stand_still = s->role == MF_SOURCE && s->rounds.mode != MF_POSTCOPY;
     const struct vmm_callbacks callbacks = {.probed = on_probed, .event = session_on_vmm, .arg = s};
     struct mf_error err;
-    if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, target,
+    if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, &target,
                                  s->role == MF_SOURCE ? VMM_SOURCE : VMM_DESTINATION, &callbacks,
                                  &s->vmm, &err) < 0)
         session_reject(s, "%s", err.text);

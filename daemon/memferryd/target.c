@@ -220,12 +220,11 @@ static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
            a->offset_bytes == b->offset_bytes && a->region == b->region;
 }
 
-/* A process at work may change its layout between the look at it and the registering. What is not
- * watched then counts as written: PAGEMAP_SCAN refuses it, and target_unwatched() finds it. */
+/* The target stands still, or keeps its memory where it is. */
 static int watch_writes(struct session *session, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    int r = 0, count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
     if (count <= 0)
         return count < 0
                    ? count
@@ -234,14 +233,13 @@ static int watch_writes(struct session *session, struct mf_error *err)
     if (!session->watched)
         return mf_fail(err, ENOMEM, "out of memory");
     for (int i = 0; i < count; i++) {
-        r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
-                                err);
-        if (r == 0)
-            session->watched[session->watched_count++] = mappings[i];
-        else if (session_vmm_ops(session) != &vmm_process || (r != -EINVAL && r != -ENOENT))
+        int r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
+                                    err);
+        if (r < 0)
             return r;
+        session->watched[session->watched_count++] = mappings[i];
     }
-    return session->watched_count ? 0 : r;
+    return 0;
 }
 
 int target_unwatched(struct session *session, struct mf_mapping *out, struct mf_error *err)
@@ -276,8 +274,6 @@ int target_track(struct session *session, struct mf_error *err)
     const uint64_t page_bytes = session->region[session->watched[0].region].page_bytes;
     r = mf_pagemap_scan(session->pagemap_fd, session->watched[0].start_addr, page_bytes, page_bytes,
                         &written);
-    if (r == -EPERM && session_vmm_ops(session) == &vmm_process)
-        return 0; /* it has moved since: what can be said is found out later */
     if (r < 0)
         return mf_fail(err, -r,
                        "this kernel can't say which pages were written (PAGEMAP_SCAN, Linux 6.7): "
@@ -367,17 +363,37 @@ static void stop_watching_private(const struct session *session)
                                vmas[i].end_addr - vmas[i].start_addr);
 }
 
+/* A process at work may move a mapping between the look at it and the call, which then leaves a
+ * part of it registered and so cuts it in two: until nothing has moved. */
+#define UNREGISTER_TRIES 10u
+
+static void unregister(struct session *session)
+{
+    struct mf_mapping mappings[MF_MAPPINGS_MAX], after[MF_MAPPINGS_MAX];
+    struct mf_error err;
+    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
+    for (unsigned tries = 0; count > 0 && tries < UNREGISTER_TRIES; tries++) {
+        for (int i = 0; i < count; i++)
+            mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
+        int now = target_mappings(session, after, MF_MAPPINGS_MAX, &err);
+        bool same = now == count;
+        for (int i = 0; same && i < count; i++)
+            same = same_mapping(&mappings[i], &after[i]);
+        if (same)
+            return;
+        memcpy(mappings, after, sizeof(mappings));
+        count = now;
+    }
+}
+
 void target_stop_watching(struct session *session)
 {
     struct mf_error err;
     /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand;
      * closing the last descriptor would do it too. Either lets all waiters go on. */
     if (session->uffd >= 0) {
-        struct mf_mapping mappings[MF_MAPPINGS_MAX];
-        int count =
-            session->target_exited ? 0 : target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
-        for (int i = 0; i < count; i++)
-            mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
+        if (!session->target_exited)
+            unregister(session);
         stop_watching_private(session);
         close(session->uffd);
     }

@@ -739,6 +739,7 @@ static bool copy(int from, int to, uint64_t bytes)
 
 static int ask(const char *path, const char *verb)
 {
+    signal(SIGPIPE, SIG_IGN); /* one that refuses a state closes at once, and says why */
     char word[16] = "", text[256] = "";
     uint64_t bytes = 0;
     struct sockaddr_un address = address_of(path);

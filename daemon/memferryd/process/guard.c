@@ -65,7 +65,8 @@ static void let_go(const struct command_order *resume)
 {
     if (!is_alive(TARGET_FD))
         return;
-    mf_log(MF_LOG_WARNING, "%s: memferryd is gone; letting the process go on", resume->session);
+    mf_log(MF_LOG_WARNING, "%s: memferryd has left the process paused; letting it go on",
+           resume->session);
     syscall(SYS_pidfd_send_signal, TARGET_FD, SIGCONT, NULL, 0);
     for (unsigned i = 0; resume->text[0] && i < TRIES && is_alive(TARGET_FD); i++) {
         if (run(resume))

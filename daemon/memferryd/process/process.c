@@ -39,6 +39,7 @@
  */
 #define STOP_LOOK_MS 1u
 #define STOP_MS 5000u
+#define ARM_STOP_MS 1000u
 /* How long a process may have children that share its memory before it is refused. */
 #define CHILD_MS 5000u
 #define CHILD_LOOK_MS 10u
@@ -48,6 +49,7 @@
 
 enum phase {
     PROBING,
+    ARMING, /* stopped for a moment, to be looked at and watched */
     READY,
     PAUSING, /* the pause command, or SIGSTOP, is under way */
     PAUSED,  /* told */
@@ -94,7 +96,9 @@ struct vmm {
     bool held;                 /* SIGSTOP was sent */
     bool command_ended, relay_ended;
     unsigned return_tries;
-    uint64_t stop_deadline_ns;
+    uint64_t stop_deadline_ns, child_deadline_ns;
+    unsigned stop_ms;
+    bool stand_still;
 
     char pid_text[32], session_text[96], role_text[32], word_text[32];
     const char *environment[5];
@@ -178,11 +182,12 @@ static int signal_target(struct vmm *vmm, int number)
     return syscall(SYS_pidfd_send_signal, vmm->pidfd, number, NULL, 0) == 0 ? 0 : -errno;
 }
 
-static void begin_hold(struct vmm *vmm, enum phase phase)
+static void begin_hold(struct vmm *vmm, enum phase phase, unsigned limit_ms)
 {
     vmm->phase = phase;
     vmm->held = true;
-    vmm->stop_deadline_ns = mf_now_ns() + STOP_MS * UINT64_C(1000000);
+    vmm->stop_ms = limit_ms;
+    vmm->stop_deadline_ns = mf_now_ns() + limit_ms * UINT64_C(1000000);
     signal_target(vmm, SIGSTOP); /* one that is gone shows as such */
     again_in(vmm, 0);
 }
@@ -242,8 +247,6 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
 {
     struct vmm_info *info = &vmm->info;
     info->pid = vmm->pid;
-    mf_target_comm(vmm->pid, info->version, sizeof(info->version));
-    info->was_running = mf_process_run(vmm->pid) != MF_RUN_STOPPED;
     info->state_s = vmm->timeout_ms / 1000;
     if (mf_process_direct(vmm->pid, info->direct_io, sizeof(info->direct_io)) <= 0)
         info->direct_io[0] = '\0';
@@ -281,9 +284,9 @@ static bool without_child(struct vmm *vmm, struct mf_error *err)
     err->code = 0;
     if (child == 0)
         return true;
-    if (vmm->stop_deadline_ns == 0)
-        vmm->stop_deadline_ns = mf_now_ns() + CHILD_MS * UINT64_C(1000000);
-    if (mf_now_ns() < vmm->stop_deadline_ns) {
+    if (vmm->child_deadline_ns == 0)
+        vmm->child_deadline_ns = mf_now_ns() + CHILD_MS * UINT64_C(1000000);
+    if (mf_now_ns() < vmm->child_deadline_ns) {
         again_in(vmm, CHILD_LOOK_MS);
         return false;
     }
@@ -295,25 +298,88 @@ static bool without_child(struct vmm *vmm, struct mf_error *err)
     return true;
 }
 
+static void end_standing_still(struct vmm *vmm, struct guard *guard)
+{
+    let_go(vmm);
+    if (guard)
+        guard_return(guard, false);
+    guard_dismiss(guard);
+}
+
+/* Answers the open, and lets the process go again, whatever became of the session. */
+static void answer_probe(struct vmm *vmm, const struct mf_error *why)
+{
+    struct guard *guard = vmm->guard;
+    vmm->guard = NULL;
+    vmm->phase = why ? FAILED : READY;
+    vmm->callbacks.probed(vmm->callbacks.arg, why ? NULL : &vmm->info, why ? why->text : NULL);
+    end_standing_still(vmm, guard);
+}
+
+/* A process at work changes its layout while it is looked at. And memory that is registered with a
+ * userfaultfd by a layout of a moment ago cuts mappings in two, which mremap(2) then refuses to
+ * move (EFAULT). So for the moment of arming it stands still. */
+static int begin_standing_still(struct vmm *vmm, struct mf_error *err)
+{
+    struct command_order none = order(vmm, "resume", "");
+    int r = guard_start(vmm->base, vmm->pidfd, &none, &vmm->guard, err);
+    if (r < 0)
+        return r;
+    guard_return(vmm->guard, true);
+    begin_hold(vmm, ARMING, ARM_STOP_MS);
+    return 0;
+}
+
+static int look_at_memory(struct vmm *vmm, struct mf_error *err)
+{
+    free(vmm->files);
+    vmm->files = NULL;
+    return mf_process_files(vmm->pid, vmm->choices, vmm->choice_count, &vmm->files,
+                            &vmm->file_count, err);
+}
+
 static void probe(struct vmm *vmm)
 {
     struct mf_error err = {0};
-    free(vmm->files);
-    vmm->files = NULL;
-    int r = mf_process_files(vmm->pid, vmm->choices, vmm->choice_count, &vmm->files,
-                             &vmm->file_count, &err);
+    int r = look_at_memory(vmm, &err);
     if (r == 0 && !without_child(vmm, &err))
         return;
     if (r == 0)
-        r = err.code ? -err.code : set_info(vmm, &err);
+        r = -err.code;
+    vmm->info.was_running = mf_process_run(vmm->pid) != MF_RUN_STOPPED;
+    mf_target_comm(vmm->pid, vmm->info.version, sizeof(vmm->info.version));
     if (r == 0 && vmm->role == VMM_SOURCE && !vmm->info.was_running && vmm->pause)
         r = mf_fail(&err, EINVAL,
                     "%s (pid %d) is stopped (SIGSTOP), and a stopped process can't be paused by "
                     "the pause command of %s: let it go on first (kill -CONT %d), or leave --pause "
                     "out",
                     vmm->info.version, (int)vmm->pid, vmm->name, (int)vmm->pid);
-    vmm->phase = r < 0 ? FAILED : READY;
-    vmm->callbacks.probed(vmm->callbacks.arg, r < 0 ? NULL : &vmm->info, r < 0 ? err.text : NULL);
+    if (r == 0 && vmm->stand_still && vmm->info.was_running) {
+        r = begin_standing_still(vmm, &err);
+        if (r == 0)
+            return;
+    }
+    if (r == 0)
+        r = set_info(vmm, &err);
+    answer_probe(vmm, r < 0 ? &err : NULL);
+}
+
+/* It stands still: what was found before is looked at once more. */
+static void probe_still(struct vmm *vmm)
+{
+    struct mf_error err = {0};
+    int r = look_at_memory(vmm, &err);
+    if (r == 0 && mf_process_child(vmm->pid, vmm->files, vmm->file_count) > 0) {
+        /* Forked a moment ago; it may be that it is waited for. */
+        end_standing_still(vmm, vmm->guard);
+        vmm->guard = NULL;
+        vmm->phase = PROBING;
+        again_in(vmm, CHILD_LOOK_MS);
+        return;
+    }
+    if (r == 0)
+        r = set_info(vmm, &err);
+    answer_probe(vmm, r < 0 ? &err : NULL);
 }
 
 /* ---- source: pause, save ---- */
@@ -365,7 +431,7 @@ static void begin_pause(struct vmm *vmm)
     if (vmm->closed || vmm->phase != PAUSING)
         return;
     if (!vmm->pause)
-        begin_hold(vmm, PAUSING);
+        begin_hold(vmm, PAUSING, STOP_MS);
     else if (run(vmm, "pause", vmm->pause, -1, -1, &err) < 0)
         fail(vmm, &err);
 }
@@ -376,7 +442,7 @@ static void saved(struct vmm *vmm)
         return;
     /* All of it is out and was meant to be all: now, and only now, is its end passed on. */
     shutdown(vmm->device_fd, SHUT_WR);
-    begin_hold(vmm, HOLDING);
+    begin_hold(vmm, HOLDING, STOP_MS);
 }
 
 static void on_saved_bytes(void *arg, int error, uint64_t passed_bytes)
@@ -421,7 +487,7 @@ static void begin_save(struct vmm *vmm)
 static void loaded(struct vmm *vmm)
 {
     if (vmm->command_ended && vmm->relay_ended)
-        begin_hold(vmm, HOLDING_LOADED);
+        begin_hold(vmm, HOLDING_LOADED, STOP_MS);
 }
 
 static void on_loaded_bytes(void *arg, int error, uint64_t passed_bytes)
@@ -583,8 +649,15 @@ static void look_whether_stopped(struct vmm *vmm)
         mf_fail(&err, ETIMEDOUT,
                 "%s (pid %d) did not stop within %u ms of SIGSTOP: a thread is in a system call "
                 "that can't be left, in vfork(2), or held by a debugger",
-                vmm->info.version, (int)vmm->pid, STOP_MS);
-        fail(vmm, &err);
+                vmm->info.version, (int)vmm->pid, vmm->stop_ms);
+        if (vmm->phase == ARMING)
+            answer_probe(vmm, &err);
+        else
+            fail(vmm, &err);
+        return;
+    }
+    if (vmm->phase == ARMING) {
+        probe_still(vmm);
         return;
     }
     if (vmm->phase == PAUSING) {
@@ -616,6 +689,7 @@ static void on_tick(evutil_socket_t fd, short what, void *arg)
         else
             begin_pause(vmm);
         break;
+    case ARMING:
     case HOLDING:
     case HOLDING_LOADED:
         look_whether_stopped(vmm);
@@ -679,6 +753,7 @@ static int process_open(struct event_base *base, const char *vm_name,
     vmm->pid = target->pid;
     vmm->device_fd = -1;
     vmm->timeout_ms = target->timeout_s * 1000u;
+    vmm->stand_still = target->stand_still;
     snprintf(vmm->name, sizeof(vmm->name), "%s", vm_name);
     snprintf(vmm->pid_text, sizeof(vmm->pid_text), "MEMFERRY_PID=%d", (int)vmm->pid);
     snprintf(vmm->session_text, sizeof(vmm->session_text), "MEMFERRY_SESSION=%s", vm_name);
@@ -692,7 +767,9 @@ static int process_open(struct event_base *base, const char *vm_name,
     vmm->tick = event_new(base, -1, 0, on_tick, vmm);
     vmm->pidfd = (int)syscall(SYS_pidfd_open, vmm->pid, 0);
     int r = 0;
-    if (vmm->pidfd < 0)
+    if (vmm->pid == getpid())
+        r = mf_fail(err, EINVAL, "process %d is memferryd itself", (int)vmm->pid);
+    else if (vmm->pidfd < 0)
         r = mf_fail(err, errno, "there is no process %d that could be migrated: %s", (int)vmm->pid,
                     strerror(errno));
     else if (!vmm->tick || !vmm->choices || copy_text(&vmm->pause, target->pause) < 0 ||
@@ -779,7 +856,10 @@ static void process_close(struct vmm *vmm)
     close_device(vmm);
     command_forget(vmm->command);
     vmm->command = NULL;
-    guard_dismiss(vmm->guard);
+    if (vmm->phase == ARMING)
+        end_standing_still(vmm, vmm->guard);
+    else
+        guard_dismiss(vmm->guard);
     vmm->guard = NULL;
     if (vmm->users == 0)
         vmm_free(vmm);
