@@ -95,6 +95,21 @@ static int put_run(struct sender *s, enum mf_frame_type type, uint8_t flags, uin
                      data ? bytes_of(s, r, first) : NULL);
 }
 
+/* Where bytes or zeros are sent the destination's copy is no copy any more: they may break off in
+ * the middle of it, and then a later answer, which may know more of what was written, must not say
+ * that the copy is current. */
+static void forget_copies(const struct mf_pages *states, uint64_t first, uint64_t pages)
+{
+    const uint64_t end = first + pages;
+    for (uint64_t page = first; page < end;) {
+        uint8_t copied = 0;
+        const uint64_t until = page + mf_page_run_of(states, MF_PAGE_COPY_MASK, page, end, &copied);
+        for (; page < until && copied; page++)
+            mf_page_set_copied(states, page, 0);
+        page = until;
+    }
+}
+
 /* An answer for a run of pages, for good: RAM is frozen. How many of them are new decides the
  * figures. */
 static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint32_t region,
@@ -104,6 +119,8 @@ static int put_answer(struct sender *s, enum mf_frame_type type, bool hole, uint
     uint64_t fresh = mf_page_mark_sent(&s->mover->view.pages[region], first, pages);
     if (fresh == 0 && !again)
         return 0;
+    if (type != MF_FRAME_CURRENT)
+        forget_copies(&s->mover->view.pages[region], first, pages);
     if (type == MF_FRAME_DATA)
         count(&figures->data_pages, fresh);
     else if (type == MF_FRAME_ZERO)
