@@ -79,9 +79,10 @@ static enum waits waits_for_reader(int proc_fd, pid_t tid)
 }
 
 /** read_call() - which call a thread is blocked in. "running", "-1 SP PC" (blocked, but not in a
- * call), or "NUMBER ARGUMENT×6 SP PC". Return: 1 with @out filled, 0 if it runs, -EAGAIN if it is
- * blocked elsewhere, or -errno. */
-static int read_call(int proc_fd, pid_t tid, struct mf_blocked *out)
+ * call), or "NUMBER ARGUMENT×6 SP PC". @any: false: only calls that can lead to an event as far as
+ * is known. Return: 1 with @out filled, 0 if it runs, -EAGAIN if it is blocked elsewhere, or
+ * -errno. */
+static int read_call(int proc_fd, pid_t tid, bool any, struct mf_blocked *out)
 {
     char text[256];
     ssize_t length = read_text(proc_fd, tid, "syscall", text, sizeof(text));
@@ -89,7 +90,9 @@ static int read_call(int proc_fd, pid_t tid, struct mf_blocked *out)
         return (int)length;
     if (text[0] == 'r')
         return 0;
-    *out = (struct mf_blocked){.tid = tid};
+    *out = (struct mf_blocked){.tid = tid, .number = strtol(text, NULL, 10)};
+    if (out->number < 0 || (!any && !mf_blocked_relevant(out->number)))
+        return -EAGAIN;
     return sscanf(text, "%ld %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64,
                   &out->number, &out->args[0], &out->args[1], &out->args[2], &out->args[3],
                   &out->args[4], &out->args[5]) == 7
@@ -118,10 +121,11 @@ static bool was_woken(int proc_fd, pid_t tid)
            strstr(stack, "userfaultfd_");
 }
 
-/** look_at() - one thread. Return: an enum sight, @out filled if it waits, or -errno. */
-static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
+/** look_at() - one thread. @any: as read_call(). Return: an enum sight, @out filled if it waits, or
+ * -errno. */
+static int look_at(int proc_fd, pid_t tid, bool any, struct mf_blocked *out)
 {
-    int rc = read_call(proc_fd, tid, out);
+    int rc = read_call(proc_fd, tid, any, out);
     if (rc == 0)
         return was_woken(proc_fd, tid) ? SEEN_WOKEN : SEEN_RUNNING;
     if (rc < 0)
@@ -130,7 +134,7 @@ static int look_at(int proc_fd, pid_t tid, struct mf_blocked *out)
     if (waits == WAITS_PERHAPS) {
         /* No name is also what a thread shows that has begun to run meanwhile. */
         struct mf_blocked again;
-        rc = read_call(proc_fd, tid, &again);
+        rc = read_call(proc_fd, tid, any, &again);
         if (rc <= 0 || !same_call(out, &again))
             return rc < 0 && rc != -EAGAIN ? rc : SEEN_WOKEN;
     }
@@ -156,7 +160,7 @@ struct dirent64_head {
  * many wait (at most @max were written), or -errno.
  * Not by readdir(3), which allocates: a process that looks at itself may have a thread in fork(3),
  * which holds the allocator's locks until its event is read. */
-static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max, size_t *woken)
+static ssize_t look(int proc_fd, bool any, struct mf_blocked *blocked, size_t max, size_t *woken)
 {
     *woken = 0;
     cleanup_close int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -174,7 +178,7 @@ static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max, size_t 
             pid_t tid = (pid_t)strtol(at + DIRENT_NAME, NULL, 10);
             if (tid <= 0)
                 continue;
-            int rc = look_at(proc_fd, tid, &one);
+            int rc = look_at(proc_fd, tid, any, &one);
             if (rc == -ENOENT || rc == -ESRCH)
                 continue; /* it has ended */
             if (rc < 0)
@@ -196,13 +200,13 @@ static ssize_t look(int proc_fd, struct mf_blocked *blocked, size_t max, size_t 
 /** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
  * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
  */
-static ssize_t look_settled(int proc_fd, struct mf_blocked *blocked, size_t max)
+static ssize_t look_settled(int proc_fd, bool any, struct mf_blocked *blocked, size_t max)
 {
     uint64_t start_ns = mf_now_ns();
     long pause_ns = 5000;
     for (;;) {
         size_t woken;
-        ssize_t count = look(proc_fd, blocked, max, &woken);
+        ssize_t count = look(proc_fd, any, blocked, max, &woken);
         if (count < 0 || woken == 0 || mf_now_ns() - start_ns > SETTLE_LIMIT_NS)
             return count;
         nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
@@ -222,14 +226,19 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
     if (max > MF_OBSERVE_MAX)
         max = MF_OBSERVE_MAX;
     *out = (struct mf_observation){.complete = true};
-    ssize_t first = look_settled(proc_fd, blocked, max);
+    bool any = false;
+    ssize_t first = look_settled(proc_fd, any, blocked, max);
+    if (first == 0) {
+        any = true; /* a driver's ioctl(2), say: takes looking at every thread more closely */
+        first = look_settled(proc_fd, any, blocked, max);
+    }
     if (first <= 0)
         return (int)first;
     size_t before_count = (size_t)first < max ? (size_t)first : max;
     for (size_t i = 0; i < before_count; i++)
         before[i] = (struct seen){.tid = blocked[i].tid, .switches = blocked[i].switches};
 
-    ssize_t second = look_settled(proc_fd, blocked, max);
+    ssize_t second = look_settled(proc_fd, any, blocked, max);
     if (second < 0)
         return (int)second;
     out->complete = (size_t)first <= max && (size_t)second <= max;
@@ -253,7 +262,7 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
 static int has_gone_on(int proc_fd, const struct mf_blocked *before)
 {
     struct mf_blocked now;
-    int rc = look_at(proc_fd, before->tid, &now);
+    int rc = look_at(proc_fd, before->tid, true, &now);
     if (rc < 0 || rc == SEEN_ELSEWHERE)
         return 1;
     if (rc == SEEN_WAITING) {

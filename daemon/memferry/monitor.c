@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <time.h>
@@ -318,6 +319,7 @@ int verb_monitor(const struct cli_args *args)
     struct monitor monitor = {
         .json = args->json, .epoch_us = epoch_us(), .descriptors = raise_descriptor_limit()};
     struct mf_error err;
+    prctl(PR_SET_TIMERSLACK, 1); /* somebody waits while we nap */
     cleanup_close int signal_fd = block_signals();
     struct followed *first = follow(&monitor);
     if (!first)
