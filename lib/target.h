@@ -133,8 +133,8 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
  * -errno.
  * @descendants: whether those of @pid count.
  */
-int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions, unsigned region_count,
-                      char *who, size_t who_size);
+int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions,
+                      unsigned region_count, char *who, size_t who_size);
 
 /** mf_target_vfio() - has the target VFIO or vDPA devices open (/proc/PID/fd)? Return: 1, 0 or
  * -errno. */

@@ -15,6 +15,7 @@
 #include "lib/inject.h"
 #include "lib/observe.h"
 #include "lib/owner.h"
+#include "lib/process_events.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -25,7 +26,7 @@
 #define EXECS_MAX 5         /**< while one attaches */
 #define READ_MAX 100        /**< events before others get their turn */
 #define WAITERS_LIMIT_MS 20 /**< for whoever sent an event to be seen waiting */
-#define CHILD_LIMIT_MS 20  /**< for a forked child to appear */
+#define CHILD_LIMIT_MS 20   /**< for a forked child to appear */
 #define GONE_PATIENCE_NS                                                                           \
     UINT64_C(100000000)         /**< for an exec to show, which takes memory away too */
 #define KERNEL_THREAD 0x200000u /**< PF_KTHREAD of linux/sched.h, in proc_pid_stat(5)'s flags */
@@ -396,6 +397,7 @@ struct batch {
     struct mf_observation seen;
     struct forker forkers[MF_OBSERVE_MAX];
     size_t forker_count;
+    int forks_fd; /**< of mf_forks_listen() while somebody forks; -1: not, or not to be had */
 };
 
 static void batch_end(struct batch *batch)
@@ -403,6 +405,7 @@ static void batch_end(struct batch *batch)
     for (size_t i = 0; i < batch->forker_count; i++)
         mf_children_free(&batch->forkers[i].before);
     batch->forker_count = 0;
+    close_fd(&batch->forks_fd);
 }
 
 static bool forks(const struct mf_blocked *blocked)
@@ -437,6 +440,8 @@ static size_t observe(const struct mf_watch *watch, struct batch *batch)
         *forker = (struct forker){.tid = batch->blocked[i].tid};
         mf_children_read(watch->proc_fd, forker->tid, &forker->before);
     }
+    if (batch->forker_count)
+        batch->forks_fd = mf_forks_listen();
     return batch->seen.readable ? batch->seen.readable : 1;
 }
 
@@ -467,6 +472,10 @@ static pid_t find_child(const struct mf_watch *watch, const struct batch *batch,
             if (child)
                 return child;
         }
+        /* It may be gone already, and its parent have taken note of it. */
+        pid_t told = batch->forks_fd >= 0 && tid ? mf_forks_child(batch->forks_fd, tid) : 0;
+        if (told)
+            return told;
         if (last)
             return mf_uffd_alive(child_uffd) ? find_by_memory(watch, child_uffd) : 0;
         /* Its memory is gone again: it has ended, or was never completed. */
@@ -512,6 +521,7 @@ int mf_watch_read(struct mf_watch *watch, mf_watch_fn *fn, void *arg)
     struct batch *batch = calloc(1, sizeof(*batch));
     if (!batch)
         return -ENOMEM;
+    batch->forks_fd = -1;
     while (rc == 0 && read_count < READ_MAX && watch->uffd >= 0 && readable(watch->uffd)) {
         size_t allowed = observe(watch, batch);
         for (bool sure = true; sure && allowed > 0; allowed--) {

@@ -20,6 +20,7 @@
 #include "daemon/memferry/monitor_output.h"
 #include "daemon/memferry/units.h"
 #include "daemon/memferry/verbs.h"
+#include "lib/process_events.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -28,15 +29,17 @@
 
 #define PACE_MS 10 /**< between two looks at what sends no event */
 #define SCAN_ANYWAY_NS                                                                             \
-    UINT64_C(250000000)      /**< mappings may be replaced by others of equal size                 \
-                              */
+    UINT64_C(250000000)                  /**< mappings may be replaced by others of equal size     \
+                                          */
+#define EXEC_NEWS_NS UINT64_C(200000000) /**< for the kernel to tell of an exec that is noticed */
 #define SPARE_DESCRIPTORS 48 /**< for looking, and for what a process takes beside its first */
 
-/** struct followed - a process that is monitored. */
+/** struct followed - a process that is monitored.
+ * @since_ns: earlier execs are none of ours. */
 struct followed {
     struct mf_watch watch;
     struct mf_watch_files files;
-    uint64_t scanned_ns, scan_cost_ns;
+    uint64_t since_ns, scanned_ns, scan_cost_ns, dead_since_ns;
     bool unwatched; /**< after an exec it could not be attached to again */
 };
 
@@ -44,9 +47,10 @@ struct monitor {
     struct followed **list; /**< the first one is the process that was asked for */
     size_t count;
     struct monitor_output output;
+    int execs_fd;       /**< of mf_execs_listen(), or -errno: then they are noticed by the way */
     uint64_t epoch_us;  /**< what CLOCK_MONOTONIC is behind the time of day */
     rlim_t descriptors; /**< we may have so many open */
-    bool json, over, no_room_told;
+    bool json, no_room_told;
 };
 
 static uint64_t now_us(const struct monitor *monitor)
@@ -122,7 +126,13 @@ static void on_change(struct mf_watch *watch, const struct mf_change *change, in
         monitor->no_room_told = true;
         return;
     }
-    mf_watch_adopt(&child->watch, change->child, child_uffd);
+    mf_watch_adopt(&child->watch, change->child, child_uffd); /* so its execs are all later */
+}
+
+static void read_events(struct monitor *monitor, struct followed *one)
+{
+    if (one->watch.uffd >= 0)
+        mf_watch_read(&one->watch, on_change, monitor);
 }
 
 /* ---- what sends no event ---- */
@@ -146,16 +156,12 @@ static void scan_if_due(struct monitor *monitor, struct followed *one)
         scan(monitor, one);
 }
 
-/** after_exec() - tell, and attach to what it is now. */
-static void after_exec(struct monitor *monitor, struct followed *one)
+/** attach_again() - after an exec, to what it is now. */
+static void attach_again(struct monitor *monitor, struct followed *one)
 {
-    struct mf_change change = {.pid = one->watch.pid,
-                               .tid = one->watch.pid, /* whoever did it has this number now */
-                               .kind = MF_CHANGE_EXEC,
-                               .reason = MF_REASON_EXEC};
     struct mf_error err;
-    print_change(monitor, &change);
     mf_watch_files_free(&one->files);
+    one->dead_since_ns = 0;
     if (mf_watch_attach(&one->watch, &err) == 0) {
         scan(monitor, one);
         return;
@@ -167,15 +173,64 @@ static void after_exec(struct monitor *monitor, struct followed *one)
                 one->watch.pid, err.text);
 }
 
+static void tell_exec(struct monitor *monitor, const struct followed *one)
+{
+    const struct mf_change change = {.pid = one->watch.pid,
+                                     .tid = one->watch.pid, /* whoever did it has this id now */
+                                     .kind = MF_CHANGE_EXEC,
+                                     .reason = MF_REASON_EXEC};
+    print_change(monitor, &change);
+}
+
+static struct followed *find_followed(const struct monitor *monitor, pid_t pid)
+{
+    for (size_t i = 0; i < monitor->count; i++) {
+        if (monitor->list[i]->watch.pid == pid)
+            return monitor->list[i];
+    }
+    return NULL;
+}
+
+/** read_execs() - those that the kernel tells of. What a process did before comes first; several in
+ * a row are told one by one, and only the last program is attached to. */
+static void read_execs(struct monitor *monitor)
+{
+    uint64_t when_ns;
+    bool any = false;
+    for (pid_t pid; monitor->execs_fd >= 0 && (pid = mf_execs_next(monitor->execs_fd, &when_ns));) {
+        struct followed *one = find_followed(monitor, pid);
+        if (!one || when_ns < one->since_ns)
+            continue;
+        read_events(monitor, one);
+        tell_exec(monitor, one);
+        if (one->watch.uffd >= 0 && mf_uffd_alive(one->watch.uffd))
+            continue;
+        mf_watch_let_go(&one->watch);
+        one->unwatched = false;
+        any = true;
+    }
+    for (size_t i = 0; any && i < monitor->count; i++) {
+        struct followed *one = monitor->list[i];
+        if (one->watch.uffd < 0 && !one->unwatched && !mf_watch_has_ended(&one->watch))
+            attach_again(monitor, one);
+    }
+}
+
 /** look_after() - what sends no event: an exec, new mappings, files. */
 static void look_after(struct monitor *monitor, struct followed *one)
 {
     if (one->unwatched || mf_watch_has_ended(&one->watch))
         return;
     if (!mf_uffd_alive(one->watch.uffd)) {
-        if (mf_watch_has_memory(&one->watch))
-            after_exec(monitor, one);
-        return; /* else it is about to end */
+        uint64_t now_ns = mf_now_ns();
+        one->dead_since_ns = one->dead_since_ns ? one->dead_since_ns : now_ns;
+        if (!mf_watch_has_memory(&one->watch))
+            return; /* it is about to end */
+        if (monitor->execs_fd >= 0 && now_ns - one->dead_since_ns < EXEC_NEWS_NS)
+            return; /* read_execs() will have it */
+        tell_exec(monitor, one);
+        attach_again(monitor, one);
+        return;
     }
     scan_if_due(monitor, one);
     if (!one->watch.stale) /* where files are mapped has to be known */
@@ -184,20 +239,15 @@ static void look_after(struct monitor *monitor, struct followed *one)
 
 /* ---- events ---- */
 
-static void read_events(struct monitor *monitor, struct followed *one)
-{
-    if (one->watch.uffd >= 0)
-        mf_watch_read(&one->watch, on_change, monitor);
-}
-
 /** wait_for_something() - Return: true if a signal asks to end. */
 static bool wait_for_something(const struct monitor *monitor, int signal_fd)
 {
-    size_t count = 1;
-    cleanup_free struct pollfd *fds = calloc(1 + 2 * monitor->count, sizeof(*fds));
+    size_t count = 2;
+    cleanup_free struct pollfd *fds = calloc(2 + 2 * monitor->count, sizeof(*fds));
     if (!fds)
         return true;
     fds[0] = (struct pollfd){.fd = signal_fd, .events = POLLIN};
+    fds[1] = (struct pollfd){.fd = monitor->execs_fd, .events = POLLIN};
     for (size_t i = 0; i < monitor->count; i++) {
         const struct mf_watch *watch = &monitor->list[i]->watch;
         fds[count++] = (struct pollfd){.fd = watch->uffd, .events = POLLIN};
@@ -207,39 +257,46 @@ static bool wait_for_something(const struct monitor *monitor, int signal_fd)
     return fds[0].revents != 0;
 }
 
-/** see_off() - tell of those that have ended, after what they did last, and before what others do
- * later; of the one that was asked for last of all. */
-static void see_off(struct monitor *monitor, bool others_only)
+/** see_off() - tell that one has ended, after what it did last. Return: false if it goes on. */
+static bool see_off(struct monitor *monitor, size_t index)
 {
-    for (size_t i = others_only ? 1 : 0; i < monitor->count; i++) {
-        struct followed *one = monitor->list[i];
-        if (!mf_watch_has_ended(&one->watch))
-            continue;
-        read_events(monitor, one);
-        if (one->watch.pid) {
-            struct mf_change change = {
-                .pid = one->watch.pid, .kind = MF_CHANGE_EXIT, .reason = MF_REASON_EXIT};
-            print_change(monitor, &change);
-        }
-        monitor->over |= i == 0;
-        unfollow(monitor, i--);
-        if (monitor->over)
-            return;
+    struct followed *one = monitor->list[index];
+    if (!mf_watch_has_ended(&one->watch))
+        return false;
+    read_events(monitor, one);
+    if (one->watch.pid) {
+        const struct mf_change change = {
+            .pid = one->watch.pid, .kind = MF_CHANGE_EXIT, .reason = MF_REASON_EXIT};
+        print_change(monitor, &change);
     }
+    unfollow(monitor, index);
+    return true;
+}
+
+/** see_off_children() - before what others do later is told. */
+static void see_off_children(struct monitor *monitor)
+{
+    for (size_t i = 1; i < monitor->count; i++)
+        i -= see_off(monitor, i);
 }
 
 static void run(struct monitor *monitor, int signal_fd)
 {
     uint64_t looked_ns = 0;
-    while (!monitor->over && !monitor_output_failed(&monitor->output)) {
+    while (!monitor_output_failed(&monitor->output)) {
         bool asked = wait_for_something(monitor, signal_fd);
-        see_off(monitor, true);
+        read_execs(monitor);
+        see_off_children(monitor);
         /* Children that a fork adds are at the end. */
         for (size_t i = 0; i < monitor->count; i++)
             read_events(monitor, monitor->list[i]);
-        see_off(monitor, false);
-        if (asked)
+        /* The first is the last: once it has ended, so has all that was done before. */
+        if (asked || mf_watch_has_ended(&monitor->list[0]->watch)) {
+            read_execs(monitor);
+            see_off_children(monitor);
+            see_off(monitor, 0);
             return;
+        }
         bool due = mf_now_ns() - looked_ns > PACE_MS * UINT64_C(1000000);
         for (size_t i = 0; i < monitor->count; i++) {
             if (due || monitor->list[i]->scanned_ns == 0)
@@ -319,6 +376,8 @@ int verb_monitor(const struct cli_args *args)
     struct monitor monitor = {
         .json = args->json, .epoch_us = epoch_us(), .descriptors = raise_descriptor_limit()};
     struct mf_error err;
+    cleanup_close int execs_fd = mf_execs_listen();
+    monitor.execs_fd = execs_fd;
     prctl(PR_SET_TIMERSLACK, 1); /* somebody waits while we nap */
     cleanup_close int signal_fd = block_signals();
     struct followed *first = follow(&monitor);
@@ -327,6 +386,7 @@ int verb_monitor(const struct cli_args *args)
     int rc = mf_watch_find(&first->watch, args->pid, &err);
     if (rc == 0)
         rc = mf_watch_attach(&first->watch, &err);
+    first->since_ns = mf_now_ns();
     if (rc == 0) {
         int code = -monitor_output_start(&monitor.output);
         if (code)
