@@ -81,6 +81,11 @@ const char *mf_control_mode(const char *text)
     return NULL;
 }
 
+const char *mf_control_migrate_mode(const Memferry__Control__MigrateRequest *migrate)
+{
+    return mf_control_mode(!migrate->mode[0] && migrate->process ? "postcopy" : migrate->mode);
+}
+
 int mf_control_rounds_check(const struct mf_control_rounds *rounds, struct mf_error *err)
 {
     bool precopy = strcmp(rounds->mode, "precopy") == 0;
@@ -116,7 +121,7 @@ static int check_bandwidth(uint64_t bits_s, struct mf_error *err)
 
 static int check_rounds(const Memferry__Control__MigrateRequest *migrate, struct mf_error *err)
 {
-    struct mf_control_rounds rounds = {.mode = mf_control_mode(migrate->mode),
+    struct mf_control_rounds rounds = {.mode = mf_control_migrate_mode(migrate),
                                        .max_rounds = migrate->max_rounds,
                                        .switch_after_s = migrate->switch_after_s,
                                        .max_blackout_ms = migrate->max_blackout_ms,

@@ -53,6 +53,14 @@ int mf_control_body(const uint8_t *data, size_t have_bytes, size_t *body_bytes,
  */
 const char *mf_control_mode(const char *text);
 
+/**
+ * mf_control_migrate_mode() - the mode of a request to migrate, as mf_control_mode(). Where none is
+ * given it is hybrid for a VM and postcopy for any other process: what a program may do to its
+ * memory while it is watched for writes is limited (memferry(1)), and only who knows the program
+ * can tell.
+ */
+const char *mf_control_migrate_mode(const Memferry__Control__MigrateRequest *migrate);
+
 /** struct mf_control_rounds - how memory is sent before RELEASE, as it was asked for; 0: not said.
  */
 struct mf_control_rounds {

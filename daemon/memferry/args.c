@@ -474,7 +474,7 @@ static int check_target(const struct cli_args *args, unsigned given, struct mf_e
     return 0;
 }
 
-static int check_complete(const struct cli_args *args, unsigned given, struct mf_error *err)
+static int check_complete(struct cli_args *args, unsigned given, struct mf_error *err)
 {
     const struct cli_verb *verb = args->verb;
     if (verb->name == CLI_NAME_REQUIRED && !args->name)
@@ -490,6 +490,8 @@ static int check_complete(const struct cli_args *args, unsigned given, struct mf
     }
     if (!verb->target && (given & CLI_OPTION_REGION) && !(given & CLI_OPTION_PID))
         return mf_fail(err, EINVAL, "--region goes with --pid only");
+    if ((given & CLI_OPTION_PID) && !(given & CLI_OPTION_MODE))
+        args->rounds.mode = mf_control_mode("postcopy");
     int rc = verb->target ? check_target(args, given, err) : 0;
     if (rc < 0)
         return rc;

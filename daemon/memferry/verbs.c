@@ -19,7 +19,8 @@
     "  --region NAME=FILE\n"                                                                       \
     "                    migrate only this memory, under this name; may be repeated.\n"            \
     "                    FILE: a path, memfd:NAME, or an address in it (0x...)\n"                  \
-    "  --timeout SECONDS how long a command may take (default: 60)\n"
+    "  --timeout SECONDS how long a command may take (default: 60)\n"                              \
+    "With --pid the default --mode is postcopy.\n"
 
 const struct cli_verb cli_verbs[] = {
     {

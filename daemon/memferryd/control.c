@@ -406,7 +406,7 @@ static void serve_migrate(struct client *client, const Memferry__Control__Migrat
                                       .port = (uint16_t)migrate->port,
                                       .streams = migrate->streams,
                                       .keep_source = migrate->keep_source,
-                                      .mode = mf_control_mode(migrate->mode),
+                                      .mode = mf_control_migrate_mode(migrate),
                                       .bandwidth_bits_s = migrate->bandwidth_bits_s,
                                       .max_rounds = migrate->max_rounds,
                                       .switch_after_s = migrate->switch_after_s,

@@ -19,7 +19,7 @@
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
  *   file anew, l lock and unlock (mlock), g grow and shrink (private only). The default is w, v, d,
- * m, u and p.
+ *   n, m, u, p and f.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -59,7 +59,7 @@ struct state_header {
 static unsigned regions = 2, threads = 3;
 static uint64_t region_bytes = UINT64_C(16) << 20, page_bytes = 4096;
 static bool hugetlb, private_memory, shared_model, waiting;
-static const char *ops = "wwwwvvvvdmup";
+static const char *ops = "wwwwvvvvdnmupf";
 static uint64_t seed = 1;
 
 static int region_fd[REGIONS_MAX];

@@ -203,10 +203,17 @@ def process_precopy(sandbox):
 
 
 @e2e()
+def process_children_write(sandbox):
+    """What a child writes before the program is paused is seen by postcopy, which is the default here."""
+    _, result = whole_way(sandbox, program=("--ops", "wvFFdnmup"))
+    need(result["mode"] == "postcopy", f"mode: {result}")
+
+
+@e2e()
 def process_stopped_by_signal(sandbox):
     """No pause and no resume command: SIGSTOP at any point, SIGCONT; the state is in shared memory."""
-    pair = Pair(sandbox, "--shared-model", "--ops", "wwwvvvdmup", destination=("--shared-model",
-                                                                                "--ops", "wwwvvvdmup"))
+    pair = Pair(sandbox, "--shared-model", "--ops", "wwwvvvdnmup", destination=("--shared-model",
+                                                                                "--ops", "wwwvvvdnmup"))
     pair.source.works()
     beats = pair.source.beats()
     pair.receive(load="cat", resume=pair.destination.command("resume"))

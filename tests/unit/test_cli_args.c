@@ -59,6 +59,11 @@ static void test_a_process(void **state)
     assert_string_equal(args.process.region[1].name, "b");
     assert_string_equal(args.process.region[1].what, "/dev/shm/b");
     assert_null(args.qmp_path);
+    assert_string_equal(args.rounds.mode, "postcopy");
+    assert_int_equal(PARSE(&args, &err, "migrate", "db", "--pid", "4711", "--save", "s", "--to",
+                           "b", "--mode", "hybrid"),
+                     0);
+    assert_string_equal(args.rounds.mode, "hybrid");
     assert_int_equal(PARSE(&args, &err, "receive", "db", "--pid", "4711", "--load", "true"), 0);
     assert_string_equal(args.process.pause, "");
     assert_int_equal(PARSE(&args, &err, "check", "--pid", "4711", "--region", "a=0x1000"), 0);
