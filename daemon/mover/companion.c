@@ -14,6 +14,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/time.h>
 #include <time.h>
@@ -54,6 +55,7 @@ static struct {
     pid_t target;
     unsigned file_count;
     uint64_t files[MF_REGIONS_MAX][2]; /**< device, inode */
+    ino_t own;                         /**< of the target's own userfaultfd: each has another */
     _Atomic uint32_t *children;
 } known;
 
@@ -253,6 +255,7 @@ static void answer(struct talk *talk)
             break;
         known.target = talk->pid;
         known.file_count = talk->count;
+        known.own = (ino_t)talk->addr;
         memcpy(known.files, talk->files, sizeof(known.files));
         break;
     case OBSERVE: {
@@ -291,6 +294,9 @@ static void answer(struct talk *talk)
 static bool keeps_somebody(int fd)
 {
     struct uffdio_writeprotect lowest = {.range = {.start = 0x10000, .len = 0x1000}, .mode = 0};
+    struct stat st;
+    if (fstat(fd, &st) != 0 || st.st_ino == known.own)
+        return false;
     return ioctl(fd, UFFDIO_WRITEPROTECT, &lowest) == 0 || errno == ENOENT || errno == EAGAIN;
 }
 
@@ -310,7 +316,7 @@ static void keep_on(void)
         for (int fd = STDERR_FILENO + 1; fd < most; fd++) {
             if (keeps_somebody(fd))
                 somebody = true;
-            else if (errno != EBADF)
+            else
                 close(fd);
         }
         if (!somebody)
@@ -383,10 +389,13 @@ static int ask(struct companion *companion, struct talk *talk)
     return talk->result;
 }
 
-int companion_introduce(struct companion *companion, pid_t target, const uint64_t (*files)[2],
-                        unsigned count)
+int companion_introduce(struct companion *companion, pid_t target, int uffd,
+                        const uint64_t (*files)[2], unsigned count)
 {
-    struct talk talk = {.question = INTRODUCE, .pid = target, .count = count};
+    struct stat st = {0};
+    if (fstat(uffd, &st) != 0)
+        return -errno;
+    struct talk talk = {.question = INTRODUCE, .pid = target, .addr = st.st_ino, .count = count};
     memcpy(talk.files, files, count * sizeof(files[0]));
     return ask(companion, &talk);
 }

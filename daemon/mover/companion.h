@@ -55,9 +55,10 @@ int companion_start(struct companion *companion, int ipc_fd, uid_t uid, gid_t gi
                     struct mf_error *err);
 
 /** companion_introduce() - once, before anything is read from the network: the target, and the
- * files of its memory as /proc/PID/maps has them. */
-int companion_introduce(struct companion *companion, pid_t target, const uint64_t (*files)[2],
-                        unsigned count);
+ * files of its memory as /proc/PID/maps has them. @uffd: the target's own, which the target keeps
+ * open itself. */
+int companion_introduce(struct companion *companion, pid_t target, int uffd,
+                        const uint64_t (*files)[2], unsigned count);
 
 /* What follows is asked by one thread. Each takes some 50 µs and more; -ETIMEDOUT when there is no
  * answer within two seconds. */

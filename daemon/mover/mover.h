@@ -97,14 +97,14 @@ struct sweep {
     _Atomic uint32_t urgent_busy;   /**< a fault is being answered: bulk threads let it by */
     pthread_mutex_t lock;           /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
-    bool frozen;       /**< the guest is paused: its RAM may be read */
-    bool released;     /**< or told to confirm before RELEASE: the sweep may begin */
-    uint32_t round;    /**< of precopy; 0: none yet */
-    bool in_round;     /**< the present pass is a precopy round */
-    uint32_t finished; /**< threads that have sent this round's barrier */
+    bool frozen;                  /**< the guest is paused: its RAM may be read */
+    bool released;                /**< or told to confirm before RELEASE: the sweep may begin */
+    uint32_t round;               /**< of precopy; 0: none yet */
+    bool in_round;                /**< the present pass is a precopy round */
+    uint32_t finished;            /**< threads that have sent this round's barrier */
     _Atomic uint32_t through;     /**< threads that have nothing left to copy in this round */
     _Atomic uint64_t dirty_pages; /**< by then, of all that was copied */
-    _Atomic bool cut;  /**< no further chunk in this round */
+    _Atomic bool cut;             /**< no further chunk in this round */
     uint64_t round_began_ns;
     _Atomic uint64_t pace_bits_s;  /**< limit of all bulk threads together; 0: none */
     _Atomic uint64_t pace_next_ns; /**< when the next batch may leave */

@@ -149,7 +149,8 @@ static void introduce(struct mover *mover, pid_t target)
         files[count][0] = mover->region[i].device;
         files[count++][1] = mover->region[i].inode;
     }
-    int r = companion_introduce(&mover->companion, target, files, count);
+    int r = companion_introduce(&mover->companion, target, mf_context_uffd(&mover->contexts, 0),
+                                files, count);
     if (r < 0)
         mover_fatal("the mover's companion of %s does not answer: %s", mover->name, strerror(-r));
     for (uint32_t i = 0; i < mover->contexts.count; i++)

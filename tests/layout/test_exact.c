@@ -374,7 +374,8 @@ static void start_shifter(const char *program, int shared_fd)
         files[i][0] = region[i].device;
         files[i][1] = region[i].inode;
     }
-    if (companion_introduce(&companion, shifter, (const uint64_t(*)[2])files, shared->threads) < 0)
+    if (companion_introduce(&companion, shifter, uffd, (const uint64_t(*)[2])files,
+                            shared->threads) < 0)
         fail("the companion does not answer");
 }
 
