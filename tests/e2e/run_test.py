@@ -9,6 +9,7 @@ import test_kernels  # noqa: F401
 import test_memory  # noqa: F401
 import test_migrate  # noqa: F401
 import test_monitor  # noqa: F401
+import test_pins  # noqa: F401
 import test_precopy  # noqa: F401
 import test_preflight  # noqa: F401
 import test_private  # noqa: F401
