@@ -61,8 +61,8 @@ struct vmm_target {
     unsigned timeout_s; /**< how long a command may take */
     const struct mf_choice *choices;
     unsigned choice_count;
-    /** The layout is to be what `probed` finds until that returns, for memory will be watched by it:
-     * a process may have to stand still for that moment. */
+    /** The layout is to be what `probed` finds until that returns, for memory will be watched by
+     * it: a process may have to stand still for that moment. */
     bool stand_still;
 };
 

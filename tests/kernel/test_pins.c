@@ -296,9 +296,13 @@ static int hold(char **argv)
     int status, file = open(argv[0], O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     int ram = memfd_create("served", MFD_CLOEXEC);
     if (file < 0 || ram < 0 || ftruncate(file, (off_t)length_bytes) != 0 ||
-        ftruncate(ram, (off_t)length_bytes) != 0 ||
-        mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) == MAP_FAILED ||
-        mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram, 0) == MAP_FAILED) {
+        ftruncate(ram, (off_t)length_bytes) != 0) {
+        perror(argv[0]);
+        return 1;
+    }
+    const char *there = mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    const char *here = mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ram, 0);
+    if (there == MAP_FAILED || here == MAP_FAILED) {
         perror(argv[0]);
         return 1;
     }
