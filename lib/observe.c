@@ -25,6 +25,12 @@ int mf_observe_open(pid_t pid, struct mf_error *err)
     return mf_fail(err, errno, "cannot look at process %d (%s): %s", pid, path, strerror(errno));
 }
 
+/** struct subject - a process that is looked at. @cache: NULL for none. */
+struct subject {
+    int proc_fd;
+    struct mf_observe_cache *cache;
+};
+
 /** read_text() - a small file of a thread. Return: its length, or -errno. */
 static ssize_t read_text(int proc_fd, pid_t tid, const char *file, char *text, size_t size)
 {
@@ -78,14 +84,61 @@ static enum waits waits_for_reader(int proc_fd, pid_t tid)
     return strstr(where, "userfaultfd_") ? WAITS_SURELY : WAITS_NOT;
 }
 
+void mf_observe_cache_init(struct mf_observe_cache *cache)
+{
+    for (size_t i = 0; i < MF_OBSERVE_SLOTS; i++)
+        cache->slot[i] = (struct mf_observe_slot){.fd = -1};
+}
+
+void mf_observe_cache_end(struct mf_observe_cache *cache)
+{
+    for (size_t i = 0; i < MF_OBSERVE_SLOTS; i++) {
+        if (cache->slot[i].fd >= 0)
+            close(cache->slot[i].fd);
+    }
+    mf_observe_cache_init(cache);
+}
+
+/** read_syscall() - /proc/PID/task/TID/syscall, which is read again and again: by a descriptor that
+ * stays open where there is a cache. It stays this thread's also when the id is used again. */
+static ssize_t read_syscall(const struct subject *of, pid_t tid, char *text, size_t size)
+{
+    if (!of->cache)
+        return read_text(of->proc_fd, tid, "syscall", text, size);
+    struct mf_observe_slot *slot = &of->cache->slot[(unsigned)tid % MF_OBSERVE_SLOTS];
+    for (bool fresh = false;; fresh = true) {
+        if (slot->fd < 0 || slot->tid != tid) {
+            char path[48];
+            snprintf(path, sizeof(path), "task/%d/syscall", tid);
+            if (slot->fd >= 0)
+                close(slot->fd);
+            *slot = (struct mf_observe_slot){.tid = tid,
+                                             .fd = openat(of->proc_fd, path, O_RDONLY | O_CLOEXEC)};
+            if (slot->fd < 0)
+                return -errno;
+            fresh = true;
+        }
+        ssize_t length = pread(slot->fd, text, size - 1, 0);
+        if (length >= 0) {
+            text[length] = '\0';
+            return length;
+        }
+        int code = errno;
+        close(slot->fd);
+        slot->fd = -1;
+        if (fresh || code != ESRCH)
+            return -code;
+    }
+}
+
 /** read_call() - which call a thread is blocked in. "running", "-1 SP PC" (blocked, but not in a
  * call), or "NUMBER ARGUMENT×6 SP PC". @any: false: only calls that can lead to an event as far as
  * is known. Return: 1 with @out filled, 0 if it runs, -EAGAIN if it is blocked elsewhere, or
  * -errno. */
-static int read_call(int proc_fd, pid_t tid, bool any, struct mf_blocked *out)
+static int read_call(const struct subject *of, pid_t tid, bool any, struct mf_blocked *out)
 {
     char text[256];
-    ssize_t length = read_text(proc_fd, tid, "syscall", text, sizeof(text));
+    ssize_t length = read_syscall(of, tid, text, sizeof(text));
     if (length < 0)
         return (int)length;
     if (text[0] == 'r')
@@ -123,9 +176,10 @@ static bool was_woken(int proc_fd, pid_t tid)
 
 /** look_at() - one thread. @any: as read_call(). Return: an enum sight, @out filled if it waits, or
  * -errno. */
-static int look_at(int proc_fd, pid_t tid, bool any, struct mf_blocked *out)
+static int look_at(const struct subject *of, pid_t tid, bool any, struct mf_blocked *out)
 {
-    int rc = read_call(proc_fd, tid, any, out);
+    const int proc_fd = of->proc_fd;
+    int rc = read_call(of, tid, any, out);
     if (rc == 0)
         return was_woken(proc_fd, tid) ? SEEN_WOKEN : SEEN_RUNNING;
     if (rc < 0)
@@ -134,7 +188,7 @@ static int look_at(int proc_fd, pid_t tid, bool any, struct mf_blocked *out)
     if (waits == WAITS_PERHAPS) {
         /* No name is also what a thread shows that has begun to run meanwhile. */
         struct mf_blocked again;
-        rc = read_call(proc_fd, tid, any, &again);
+        rc = read_call(of, tid, any, &again);
         if (rc <= 0 || !same_call(out, &again))
             return rc < 0 && rc != -EAGAIN ? rc : SEEN_WOKEN;
     }
@@ -156,18 +210,35 @@ struct dirent64_head {
 };
 #define DIRENT_NAME 19 /**< where the name begins */
 
-/** look() - at all threads once. @woken: how many are about to wait again, or to go on. Return: how
- * many wait (at most @max were written), or -errno.
+/** struct pass - one look at the threads, in the order in which /proc lists them: that of their
+ * creation.
+ * @any:    as read_call().
+ * @woken:  how many are about to wait again, or to go on.
+ * @last_waiter, @last: the last one that waits, and the last of all; 0: none.
+ */
+struct pass {
+    bool any;
+    size_t woken;
+    pid_t last_waiter, last;
+};
+
+/** look() - at all threads, or, given a @before, at those of which it could not be sure: who was
+ * looked at after its last waiter was seen, and did not wait, has queued later than any of its
+ * waiters. Newer threads are at the end. Return: how many wait (at most @max were written), or
+ * -errno (-EAGAIN: not without looking at all).
  * Not by readdir(3), which allocates: a process that looks at itself may have a thread in fork(3),
  * which holds the allocator's locks until its event is read. */
-static ssize_t look(int proc_fd, bool any, struct mf_blocked *blocked, size_t max, size_t *woken)
+static ssize_t look(const struct subject *of, const struct pass *before, struct pass *pass,
+                    struct mf_blocked *blocked, size_t max)
 {
-    *woken = 0;
-    cleanup_close int task = openat(proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    pass->woken = 0;
+    pass->last_waiter = pass->last = 0;
+    cleanup_close int task = openat(of->proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (task < 0)
         return errno == ENOENT ? -ESRCH : -errno;
     _Alignas(8) char entries[4096];
     size_t count = 0;
+    bool skipping = false;
     struct mf_blocked one;
     for (long length; (length = syscall(SYS_getdents64, task, entries, sizeof(entries))) != 0;) {
         if (length < 0)
@@ -178,20 +249,28 @@ static ssize_t look(int proc_fd, bool any, struct mf_blocked *blocked, size_t ma
             pid_t tid = (pid_t)strtol(at + DIRENT_NAME, NULL, 10);
             if (tid <= 0)
                 continue;
-            int rc = look_at(proc_fd, tid, any, &one);
+            pass->last = tid;
+            if (skipping) {
+                skipping = tid != before->last;
+                continue;
+            }
+            if (before && tid == before->last_waiter)
+                skipping = tid != before->last;
+            int rc = look_at(of, tid, pass->any, &one);
             if (rc == -ENOENT || rc == -ESRCH)
                 continue; /* it has ended */
             if (rc < 0)
                 return rc;
-            *woken += rc == SEEN_WOKEN;
+            pass->woken += rc == SEEN_WOKEN;
             if (rc != SEEN_WAITING)
                 continue;
+            pass->last_waiter = tid;
             if (count < max)
                 blocked[count] = one;
             count++;
         }
     }
-    return (ssize_t)count;
+    return skipping ? -EAGAIN : (ssize_t)count;
 }
 
 #define SETTLE_LIMIT_NS 50000000u /**< a thread that has to go on may have to wait for a CPU */
@@ -200,14 +279,18 @@ static ssize_t look(int proc_fd, bool any, struct mf_blocked *blocked, size_t ma
 /** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
  * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
  */
-static ssize_t look_settled(int proc_fd, bool any, struct mf_blocked *blocked, size_t max)
+static ssize_t look_settled(const struct subject *of, const struct pass *before, struct pass *pass,
+                            struct mf_blocked *blocked, size_t max)
 {
     uint64_t start_ns = mf_now_ns();
     long pause_ns = 5000;
     for (;;) {
-        size_t woken;
-        ssize_t count = look(proc_fd, any, blocked, max, &woken);
-        if (count < 0 || woken == 0 || mf_now_ns() - start_ns > SETTLE_LIMIT_NS)
+        ssize_t count = look(of, before, pass, blocked, max);
+        if (count == -EAGAIN) {
+            before = NULL;
+            continue;
+        }
+        if (count < 0 || pass->woken == 0 || mf_now_ns() - start_ns > SETTLE_LIMIT_NS)
             return count;
         nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
         pause_ns = pause_ns < 1000000 ? pause_ns * 2 : pause_ns;
@@ -222,15 +305,22 @@ struct seen {
 
 int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_observation *out)
 {
+    return mf_observe_cached(proc_fd, NULL, blocked, max, out);
+}
+
+int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blocked *blocked,
+                      size_t max, struct mf_observation *out)
+{
+    const struct subject of = {.proc_fd = proc_fd, .cache = cache};
     struct seen before[MF_OBSERVE_MAX];
     if (max > MF_OBSERVE_MAX)
         max = MF_OBSERVE_MAX;
     *out = (struct mf_observation){.complete = true};
-    bool any = false;
-    ssize_t first = look_settled(proc_fd, any, blocked, max);
+    struct pass pass = {.any = false}, again;
+    ssize_t first = look_settled(&of, NULL, &pass, blocked, max);
     if (first == 0) {
-        any = true; /* a driver's ioctl(2), say: takes looking at every thread more closely */
-        first = look_settled(proc_fd, any, blocked, max);
+        pass.any = true; /* a driver's ioctl(2), say: takes looking at every thread more closely */
+        first = look_settled(&of, NULL, &pass, blocked, max);
     }
     if (first <= 0)
         return (int)first;
@@ -238,7 +328,8 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
     for (size_t i = 0; i < before_count; i++)
         before[i] = (struct seen){.tid = blocked[i].tid, .switches = blocked[i].switches};
 
-    ssize_t second = look_settled(proc_fd, any, blocked, max);
+    again.any = pass.any;
+    ssize_t second = look_settled(&of, &pass, &again, blocked, max);
     if (second < 0)
         return (int)second;
     out->complete = (size_t)first <= max && (size_t)second <= max;
@@ -262,7 +353,8 @@ int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_ob
 static int has_gone_on(int proc_fd, const struct mf_blocked *before)
 {
     struct mf_blocked now;
-    int rc = look_at(proc_fd, before->tid, true, &now);
+    const struct subject of = {.proc_fd = proc_fd};
+    int rc = look_at(&of, before->tid, true, &now);
     if (rc < 0 || rc == SEEN_ELSEWHERE)
         return 1;
     if (rc == SEEN_WAITING) {

@@ -51,9 +51,28 @@ struct mf_observation {
  *           same time, not for all that there are.
  * Threads that run are no candidates, nor those in other calls, unless proc_pid_wchan(5) says that
  * they wait for a userfaultfd's event. Return: 0, or -errno (-ESRCH: the process is gone, -EPERM).
- * Takes about 5 µs a thread.
+ * Takes about 5 µs a thread and look.
  */
 int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_observation *out);
+
+#define MF_OBSERVE_SLOTS 1024
+
+/** struct mf_observe_cache - descriptors of /proc/PID/task/TID/syscall that stay open, one a thread
+ * at most: for whoever looks at the same process again and again. About four times as fast. */
+struct mf_observe_cache {
+    struct mf_observe_slot {
+        pid_t tid;
+        int fd;
+    } slot[MF_OBSERVE_SLOTS];
+};
+
+void mf_observe_cache_init(struct mf_observe_cache *cache);
+/** mf_observe_cache_end() - close all. It may be used again. */
+void mf_observe_cache_end(struct mf_observe_cache *cache);
+
+/** mf_observe_cached() - mf_observe() with a cache of that process alone, or NULL. */
+int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blocked *blocked,
+                      size_t max, struct mf_observation *out);
 
 /**
  * mf_observe_settle() - after one message was read and mf_change_from_event() named several

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <time.h>
 
 #include "lib/children.h"
@@ -187,8 +188,24 @@ void mf_watch_adopt(struct mf_watch *watch, pid_t pid, int uffd)
         open_process(watch, NULL);
 }
 
+/** keep_threads() - descriptors for looking at threads, where there is no lack of them. */
+static void keep_threads(struct mf_watch *watch)
+{
+    struct rlimit limit;
+    if (watch->threads || getrlimit(RLIMIT_NOFILE, &limit) != 0 ||
+        limit.rlim_cur < 16 * MF_OBSERVE_SLOTS)
+        return;
+    watch->threads = malloc(sizeof(*watch->threads));
+    if (watch->threads)
+        mf_observe_cache_init(watch->threads);
+}
+
 void mf_watch_let_go(struct mf_watch *watch)
 {
+    if (watch->threads)
+        mf_observe_cache_end(watch->threads);
+    free(watch->threads);
+    watch->threads = NULL;
     close_fd(&watch->uffd);
     close_fd(&watch->statm_fd);
     free(watch->maps);
@@ -421,13 +438,15 @@ static bool forks(const struct mf_blocked *blocked)
  * Whoever sent it may have been about to sleep when it was looked at. Return: how many messages may
  * be read; 1 with nobody seen if nobody shows up in time (another process that shares the memory).
  */
-static size_t observe(const struct mf_watch *watch, struct batch *batch)
+static size_t observe(struct mf_watch *watch, struct batch *batch)
 {
     batch_end(batch);
     batch->seen = (struct mf_observation){0};
     uint64_t start_ns = mf_now_ns();
+    keep_threads(watch);
     while (watch->pid) {
-        if (mf_observe(watch->proc_fd, batch->blocked, MF_OBSERVE_MAX, &batch->seen) < 0)
+        if (mf_observe_cached(watch->proc_fd, watch->threads, batch->blocked, MF_OBSERVE_MAX,
+                              &batch->seen) < 0)
             break;
         if (batch->seen.readable || mf_now_ns() - start_ns > WAITERS_LIMIT_MS * UINT64_C(1000000))
             break;

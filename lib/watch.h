@@ -23,6 +23,7 @@
 #include "lib/change.h"
 #include "lib/error.h"
 #include "lib/extents.h"
+#include "lib/observe.h"
 
 /** struct mf_watched - a mapping of the process that was met. */
 struct mf_watched {
@@ -50,6 +51,7 @@ struct mf_watch {
     uint64_t total_pages; /**< size of the address space at the last scan: proc_pid_statm(5) */
     bool stale;
     struct mf_extents ranges;
+    struct mf_observe_cache *threads; /**< NULL until it is needed */
     uint64_t gone_since_ns;
 };
 

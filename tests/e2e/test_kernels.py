@@ -14,7 +14,7 @@ from harness.testing import e2e
 
 # As in tests/kernel/meson.build.
 TESTS = ("events", "faults", "files", "fill", "layout", "observe", "pins", "private", "process", "refusals",
-         "writes")
+         "watch", "writes")
 ON_HUGE_PAGES = ("faults", "writes")
 # Kernel in which it arrived: facts that are skipped before, as doc/kernel.md says.
 SINCE = {
@@ -24,7 +24,7 @@ SINCE = {
     "continue_on_a_guard_overwrites_it_or_is_eexist": (6, 15),
 }
 # Whole programs.
-PROGRAMS_SINCE = {"writes": (6, 7), "writes-hugetlb": (6, 7)}
+PROGRAMS_SINCE = {"watch": (6, 7), "writes": (6, 7), "writes-hugetlb": (6, 7)}
 # Debian's kernel lets only a tracer read protected memory from then on.
 PROTECTED_UNTIL = {"protected_memory_can_be_read": (7, 0)}
 
