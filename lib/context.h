@@ -20,9 +20,12 @@
 
 /** struct mf_context - one address space. Owns its descriptors. */
 struct mf_context {
-    int uffd;               /**< -1: this place is free */
-    int maps_fd;            /**< its /proc/PID/maps, -1: not known */
-    pid_t pid;              /**< for its owner: whose it is, 0: not known */
+    int uffd;    /**< -1: this place is free */
+    int maps_fd; /**< its /proc/PID/maps, -1: not known */
+    pid_t pid;   /**< for its owner: whose it is, 0: not known */
+    /** For lib/events.c: since when its messages could not be read, for who sends an event is not
+     * seen; 0: they were read. */
+    uint64_t unread_ns;
     bool child;             /**< came by a fork */
     bool leaving;           /**< for its owner: it is being dropped */
     struct mf_zeros *zeros; /**< owned; private pages that were discarded here alone */

@@ -15,7 +15,8 @@
 #include "lib/vma.h"
 
 #define MESSAGES_A_READ 64u
-#define OBSERVE_TRIES 2000u
+#define OBSERVE_TRIES 8u
+#define UNREAD_NS 200000000u /**< so long an event may keep others from being read */
 /* Looked at twice and different each time: somebody changes it faster than that. */
 #define LOOKS_MAX 8u
 
@@ -428,43 +429,53 @@ static void queue_fault(struct mf_events *events, uint32_t context, const struct
  * those do who still wait when one message is read: all are woken and sleep again, and whoever is
  * awake just then can't be told from one who does not wait.
  */
-static bool may_read(struct mf_events *events, uint32_t context, bool event, size_t *room)
+static bool may_read(struct mf_events *events, struct mf_context *context, uint32_t index,
+                     bool event, size_t *room)
 {
-    const int uffd = uffd_of(events, context);
     *room = MESSAGES_A_READ;
     if (!events->ops->observe)
         return true;
     *room = 1;
     for (unsigned tries = 0; tries < OBSERVE_TRIES; tries++) {
-        struct pollfd readable = {.fd = uffd, .events = POLLIN};
+        struct pollfd readable = {.fd = context->uffd, .events = POLLIN};
         if (poll(&readable, 1, 0) <= 0)
             return false;
         if (events->observed > 0)
             return true;
-        if (mf_uffd_event_pending(uffd) <= 0) {
+        if (mf_uffd_event_pending(context->uffd) <= 0) {
             if (poll(&readable, 1, 0) <= 0)
                 return false;
-            if (mf_uffd_event_pending(uffd) <= 0)
+            if (mf_uffd_event_pending(context->uffd) <= 0)
                 return true;
         }
         if (event || tries > 0)
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
-        events->observed = events->ops->observe(events->arg, context);
+        events->observed = events->ops->observe(events->arg, index);
         if (events->observed > 0)
             return true;
     }
-    return true; /* its sender does not get to run: somebody else's faults can't wait for that */
+    /* Later: there are others to be served. Not for ever: what is read then is from somebody
+     * unknown. */
+    const uint64_t now_ns = mf_now_ns();
+    if (context->unread_ns && now_ns - context->unread_ns > UNREAD_NS)
+        return true;
+    if (!context->unread_ns)
+        context->unread_ns = now_ns;
+    events->unread = true;
+    return false;
 }
 
 /* The gate is closed. */
 static int read_all(struct mf_events *events, uint32_t context)
 {
     struct uffd_msg messages[MESSAGES_A_READ];
+    struct mf_context *from = mf_context_at(events->contexts, context);
     size_t room;
     int event = 0;
     events->observed = 0;
-    while (may_read(events, context, event, &room)) {
-        ssize_t n = read(uffd_of(events, context), messages, room * sizeof(messages[0]));
+    while (may_read(events, from, context, event, &room)) {
+        ssize_t n = read(from->uffd, messages, room * sizeof(messages[0]));
+        from->unread_ns = 0;
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN)
@@ -522,8 +533,25 @@ void mf_events_serve(struct mf_events *events, bool event)
     events->serving = false;
 }
 
+static bool read_unread(struct mf_events *events)
+{
+    bool event = false;
+    events->unread = false;
+    for (uint32_t i = 0; i < events->contexts->count; i++) {
+        const struct mf_context *context = mf_context_at(events->contexts, i);
+        /* What fails is met again by whoever waits for the userfaultfd. */
+        if (context && context->unread_ns)
+            event |= mf_events_read(events, i) > 0;
+    }
+    return event;
+}
+
 void mf_events_give_up_parked(struct mf_events *events)
 {
+    if (events->unread && read_unread(events)) {
+        mf_events_serve(events, true);
+        return; /* they have had another chance just now */
+    }
     mf_events_serve(events, true);
     for (unsigned i = 0; i < events->parked_count; i++)
         let_fault_again(events, &events->parked[i]);

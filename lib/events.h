@@ -106,6 +106,7 @@ struct mf_events {
      * 0.
      */
     unsigned observed;
+    bool unread; /**< a context's unread_ns is set */
     struct mf_limbo limbo;
     bool serving;
     unsigned fault_count, parked_count;
@@ -126,15 +127,16 @@ int mf_events_read(struct mf_events *events, uint32_t context);
  * nothing if it is already under way. */
 void mf_events_serve(struct mf_events *events, bool event);
 
-/** mf_events_parked() - are faults waiting for an event that explains them? Then call
- * mf_events_give_up_parked() within some milliseconds. */
+/** mf_events_parked() - are faults waiting for an event that explains them, or messages to be read
+ * because who sends an event is not to be seen yet? Then call mf_events_give_up_parked() within
+ * some milliseconds. */
 static inline bool mf_events_parked(const struct mf_events *events)
 {
-    return events->parked_count > 0;
+    return events->parked_count > 0 || events->unread;
 }
 
 /** mf_events_give_up_parked() - try the parked ones once more, and let those that still nothing
- * explains fault again. */
+ * explains fault again; read what could not be read before. */
 void mf_events_give_up_parked(struct mf_events *events);
 
 /** mf_events_learn() - what is mapped in [@start_addr, @end_addr) of @context, as far as it is of a

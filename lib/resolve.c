@@ -19,7 +19,7 @@ void mf_resolve_wait(const struct mf_resolver *resolver, uint32_t context, unsig
     if (attempt < 8)
         sched_yield();
     else
-        nanosleep(&(struct timespec){.tv_nsec = attempt < 64 ? 20000 : 1000000}, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = attempt < 64 ? 20000 : 200000}, NULL);
 }
 
 static bool lacks_memory(int error)

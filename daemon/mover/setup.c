@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "lib/log.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
 
@@ -114,19 +115,28 @@ static void set_layout(struct mover *mover, const struct mf_mapping *handed, uns
     static struct mf_mapping mappings[MF_LAYOUT_MAX];
     int kept = mover->layout_file && restarted ? mf_layout_file_load(mover->layout_file, mappings)
                                                : -ENODATA;
-    unsigned count = 0;
+    unsigned count = 0, childrens = 0;
     for (int i = 0; i < kept; i++) {
         if ((mappings[i].region != MF_REGION_ZEROS && mappings[i].region >= mover->region_count) ||
             !is_private_mapping(mover, &mappings[i]))
             mover_fatal("the file that keeps the layout does not fit the regions");
-        /* A child that went with the predecessor is nobody's any more. */
-        if (mf_context_at(&mover->contexts, mappings[i].context))
+        /* Children have other numbers with each mover, and what they had discarded is not kept. */
+        if (mappings[i].context == 0)
             mappings[count++] = mappings[i];
+        else
+            childrens++;
     }
     for (unsigned i = 0; i < handed_count && count < MF_LAYOUT_MAX; i++)
         if (kept < 0 || !is_private_mapping(mover, &handed[i]))
             mappings[count++] = handed[i];
     mf_layout_set(&mover->layout, mappings, count);
+    if (childrens > 0) {
+        mf_log(MF_LOG_WARNING,
+               "%s: forked processes wait for ever for private memory that has not arrived: only "
+               "the memferry-mover that was killed knew where it belongs",
+               mover->name);
+        mover->layout.overflowed = true;
+    }
     mover_keep_layout(mover);
     struct mf_context *target = mf_context_at(&mover->contexts, 0);
     if (!mover->layout_file || !target)

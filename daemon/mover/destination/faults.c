@@ -29,6 +29,7 @@
 #include "lib/util.h"
 
 #define REQUESTS_ROOM 4096u /**< REQUESTs not sent yet */
+#define UNREAD_NS 500000    /**< messages that could not be read yet are tried again so often */
 #define RETRY_NS 5000000    /**< parked faults are tried again this often, at the latest */
 
 #define UNKNOWN_SAID 16u      /**< so many are logged one by one */
@@ -453,7 +454,7 @@ static void arm_timer(struct fault_thread *t)
     if (t->timer_armed || !mf_events_parked(&t->events))
         return;
     struct io_uring_sqe *sqe = get_sqe(t);
-    t->timer = (struct __kernel_timespec){.tv_nsec = RETRY_NS};
+    t->timer = (struct __kernel_timespec){.tv_nsec = t->events.unread ? UNREAD_NS : RETRY_NS};
     io_uring_prep_timeout(sqe, &t->timer, 0, 0);
     tag_sqe(sqe, TAG_TIMER, 0);
     t->timer_armed = true;
@@ -518,6 +519,7 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
     case TAG_TIMER:
         t->timer_armed = false;
         mf_events_give_up_parked(&t->events);
+        mover_keep_layout(t->mover);
         break;
     }
 }
