@@ -228,6 +228,7 @@ int main(int argc, char **argv)
 
     sessions_drop(&daemon);
     connectors_drop(&daemon);
+    lingers_drop();
     listener_close(daemon.listener);
     control_close(daemon.control);
     event_free(terminate);

@@ -7,6 +7,7 @@
  *   supervisor.c    the mover process and its messages
  *   connector.c     source: connections to the peer
  *   listener.c      destination: connections from the peer
+ *   linger.c        destination: what a userfaultfd says after the session
  */
 #pragma once
 
@@ -206,6 +207,13 @@ int target_room(struct session *session, uint64_t needed_bytes, struct mf_error 
 void target_stop_watching(struct session *session);
 /** target_let_go() - close the userfaultfd inside the target and here, and the RAM files. */
 void target_let_go(struct session *session);
+
+/* ---- linger.c ---- */
+
+/** linger() - read what a destination's userfaultfd has still to say, then close it. Takes @uffd
+ * over; nothing is registered with it any more. */
+void linger(struct daemon *daemon, int uffd);
+void lingers_drop(void);
 
 /* ---- supervisor.c ---- */
 

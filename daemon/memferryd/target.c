@@ -395,7 +395,10 @@ void target_stop_watching(struct session *session)
         if (!session->target_exited)
             unregister(session);
         stop_watching_private(session);
-        close(session->uffd);
+        if (session->role == MF_DESTINATION && !session->target_exited)
+            linger(session->daemon, session->uffd);
+        else
+            close(session->uffd);
     }
     session->uffd = -1;
     if (session->remote_uffd >= 0 && !session->target_exited &&
