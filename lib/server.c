@@ -266,6 +266,7 @@ int server_do(struct memferry_server *s, int (*run)(struct memferry_server *serv
     struct server_job job = {.run = run, .arg = arg};
     pthread_mutex_lock(&s->jobs_lock);
     job.next = s->jobs;
+    // cppcheck-suppress autoVariables ; this does not return before it was taken off the list
     s->jobs = &job;
     atomic_store(&s->have_jobs, true);
     server_wake(s);

@@ -301,9 +301,11 @@ static int watch(struct memferry_server *s, const struct memferry_mapping *m, in
     struct mf_error err;
     if (m->flags & MEMFERRY_MAPPING_REGISTERED)
         return 0;
-    int r = (s->region[m->region].kind == MF_MEMORY_PRIVATE
-                 ? mf_uffd_register_private
-                 : mf_uffd_register)(uffd, m->start_addr, m->length_bytes, &err);
+    int r;
+    if (s->region[m->region].kind == MF_MEMORY_PRIVATE)
+        r = mf_uffd_register_private(uffd, m->start_addr, m->length_bytes, &err);
+    else
+        r = mf_uffd_register(uffd, m->start_addr, m->length_bytes, &err);
     return r < 0 ? server_pass(&err) : 0;
 }
 

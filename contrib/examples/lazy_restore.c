@@ -70,13 +70,12 @@ static double now_ms(void)
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
 }
 
-static void *map_heap(uint64_t bytes)
+static void map_heap(uint64_t bytes)
 {
     void *at = mmap(HEAP_AT, bytes, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
     if (at != HEAP_AT)
         die("cannot map the heap where it belongs");
-    return at;
 }
 
 static uint64_t *map_table(uint64_t bytes, int *fd)

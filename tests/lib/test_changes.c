@@ -52,6 +52,17 @@ static int discard(const struct arena *a, uint64_t page, uint64_t pages)
                    memory == MEMFERRY_ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE);
 }
 
+/* A free place for a move, page-aligned. Where something was moved away from is nobody's: whoever
+ * maps something next may get it, the allocator for one. So no place is used twice. */
+static uint8_t *reserve(const struct arena *a, uint64_t length_bytes)
+{
+    uint8_t *at =
+        mmap(NULL, length_bytes + a->page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(at != MAP_FAILED);
+    at += a->page_bytes - 1;
+    return at - (uintptr_t)at % a->page_bytes;
+}
+
 /* ---- changes that are told ---- */
 
 struct told {
@@ -109,9 +120,7 @@ static void each_change_is_told_with_its_reason(void **state)
     c = await_change(&told, MEMFERRY_UNMAP, arena_page(&a, 2), a.page_bytes);
     assert_int_equal(c.reason, MEMFERRY_BY_MUNMAP);
 
-    uint8_t *room = mmap(NULL, 4 * a.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    uint8_t *to = room + a.page_bytes;
-    to -= (uintptr_t)to % a.page_bytes;
+    uint8_t *to = reserve(&a, a.page_bytes);
     must(mremap(arena_page(&a, 4), a.page_bytes, a.page_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) ==
          to);
     c = await_change(&told, MEMFERRY_REMAP, arena_page(&a, 4), a.page_bytes);
@@ -127,8 +136,8 @@ static void each_change_is_told_with_its_reason(void **state)
 
     struct memferry_mapping mappings[16] = {{.struct_bytes = sizeof(mappings[0])}};
     assert_int_equal(memferry_mappings(a.server, mappings, 16), 5);
+    a.at = NULL; /* what was unmapped may be somebody else's by now */
     arena_free(&a);
-    munmap(room, 4 * a.page_bytes);
 }
 
 static void dontneed_leaves_the_bytes_of_a_file(void **state)
@@ -256,27 +265,24 @@ static void a_punched_page_is_never_filled_once_it_was_told(void **state)
 struct mover {
     struct runner runner;
     const struct arena *arena;
-    uint8_t *place[2];
-    _Atomic(uint8_t *) now;
-    _Atomic bool done;
+    uint8_t *now;
 };
 
-/* To and fro, as long as pages come. */
+/* Again and again, as long as pages come. */
 static void move_about(void *argument)
 {
     struct mover *m = argument;
     const struct arena *a = m->arena;
     for (unsigned i = 1; i <= 40; i++) {
-        uint8_t *to = m->place[i % 2];
-        must(mremap(m->place[(i + 1) % 2], a->length_bytes, a->length_bytes,
-                    MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
-        atomic_store(&m->now, to);
+        uint8_t *to = reserve(a, a->length_bytes);
+        must(mremap(m->now, a->length_bytes, a->length_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) ==
+             to);
+        m->now = to;
         /* While the others' pages come: some are touched here, at once. */
         uint64_t page = i * 7 % a->pages;
         must(page_is(to + page * a->page_bytes, a->page_bytes, page, 1));
         nap_ms(1);
     }
-    atomic_store(&m->done, true);
 }
 
 static void memory_is_served_where_it_was_moved_to(void **state)
@@ -285,12 +291,7 @@ static void memory_is_served_where_it_was_moved_to(void **state)
     struct arena a;
     struct runner filler;
     arena_make(&a, memory, PAGES, NULL, PROVIDER(.want = make_page));
-    uint8_t *room =
-        mmap(NULL, a.length_bytes + a.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    uint8_t *aligned = room + a.page_bytes - 1;
-    aligned -= (uintptr_t)aligned % a.page_bytes;
-    /* The first place must not be given to anybody else in between: the two change places. */
-    struct mover m = {.arena = &a, .place = {a.at, aligned}, .now = a.at};
+    struct mover m = {.arena = &a, .now = a.at};
     memferry_server_start(a.server);
     runner_start(&m.runner, move_about, &m);
     nap_ms(5);
@@ -379,6 +380,7 @@ static void a_page_may_be_unmapped_while_somebody_waits_for_it(void **state)
     fill_all(&a);
     for (uint64_t page = 0; page < a.pages; page++)
         must(page == 5 || page_is(arena_page(&a, page), a.page_bytes, page, 1));
+    a.at = NULL; /* page 5 may be somebody else's by now */
     arena_free(&a);
 }
 
@@ -545,10 +547,7 @@ static void the_memory_of_another_process_is_served(void **state)
         for (uint64_t page = 0; page < a.pages; page++)
             good = good && page_is(arena_page(&a, page), a.page_bytes, page, 1);
         /* And where it is moved to. */
-        uint8_t *room = mmap(NULL, a.length_bytes + a.page_bytes, PROT_NONE,
-                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        uint8_t *to = room + a.page_bytes - 1;
-        to -= (uintptr_t)to % a.page_bytes;
+        uint8_t *to = reserve(&a, a.length_bytes);
         good = good && discard(&a, 1, 1) == 0;
         good = good && mremap(a.at, a.length_bytes, a.length_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
                               to) == to;

@@ -191,7 +191,8 @@ struct later {
         uint32_t region, page_bytes;
         uint64_t page;
     } queue[PAGES];
-    unsigned count, in_flight_most;
+    unsigned count;
+    _Atomic unsigned in_flight_most;
     uint64_t random;
     _Atomic bool stop;
     bool zero;
