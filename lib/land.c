@@ -82,6 +82,21 @@ static int store(const struct mf_region *region, uint64_t first, uint64_t pages,
     return 0;
 }
 
+/*
+ * Not while an event is being taken up, so inside the gate. When it was read its thread goes on: it
+ * may have punched the pages out before these bytes came, and the one who applies the event has not
+ * said yet that they are discarded. Confirmed in between they would count as bytes that the punch
+ * is still to take.
+ */
+static void confirm(const struct mf_lander *lander, uint32_t region, uint64_t first, uint64_t pages,
+                    uint8_t *was)
+{
+    mf_gate_enter(lander->resolver.lane);
+    for (uint64_t i = 0; i < pages; i++)
+        was[i] = mf_page_confirm(&lander->pages[region], first + i);
+    mf_gate_exit(lander->resolver.lane);
+}
+
 /* [first, first + pages): claimed by this call. */
 static int land_run(const struct mf_lander *lander, uint32_t region_index, uint64_t first,
                     uint64_t pages, const uint8_t *from, bool round)
@@ -111,27 +126,22 @@ static int land_run(const struct mf_lander *lander, uint32_t region_index, uint6
         lander->ops->landed(lander->arg, MF_LANDED_ROUND, pages);
         return 0;
     }
-    /* Almost always nobody waits and nothing was discarded; then this is one ioctl for the run. */
-    uint64_t waiting[16];
-    unsigned waiting_count = 0;
+    uint8_t was[RUN_BYTES / 4096];
+    confirm(lander, region_index, first, pages, was);
+    /* Almost always nothing was discarded; then this is one ioctl for the run. */
     uint64_t run = first;
-    for (uint64_t page = first; page < first + pages; page++) {
-        uint8_t was = mf_page_confirm(states, page);
-        const bool discarded = was & MF_PAGE_DISCARD;
-        confirmed += !discarded;
-        if (!discarded && (was & MF_PAGE_FAULTED))
-            waiting[waiting_count++] = page;
-        if (discarded || waiting_count == sizeof(waiting) / sizeof(waiting[0]) ||
-            page + 1 == first + pages) {
-            uint64_t end = discarded ? page : page + 1;
-            if (end > run)
-                mf_resolve_run(&lander->resolver, region_index, run, end - run);
-            while (waiting_count > 0)
-                lander->ops->served(lander->arg, region_index, waiting[--waiting_count]);
-            run = page + 1;
-        }
+    for (uint64_t page = first; page <= first + pages; page++) {
+        const bool discarded = page < first + pages && (was[page - first] & MF_PAGE_DISCARD);
+        if (page < first + pages && !discarded)
+            continue;
+        if (page > run)
+            mf_resolve_run(&lander->resolver, region_index, run, page - run);
+        for (confirmed += page - run; run < page; run++)
+            if (was[run - first] & MF_PAGE_FAULTED)
+                lander->ops->served(lander->arg, region_index, run);
         if (discarded)
             land_finish_discard(lander, region_index, page);
+        run = page + 1;
     }
     lander->ops->landed(lander->arg, MF_LANDED_DATA, confirmed);
     return 0;
@@ -181,9 +191,13 @@ void mf_land_end_huge(const struct mf_lander *lander, const struct mf_frame *fra
 {
     const struct mf_pages *states = &lander->pages[frame->region];
     const bool round = frame->flags & MF_FRAME_FLAG_ROUND;
-    uint8_t was = !arrived ? mf_page_unclaim(states, frame->first_page)
-                  : round  ? mf_page_land_unconfirmed(states, frame->first_page, true)
-                           : mf_page_confirm(states, frame->first_page);
+    uint8_t was;
+    if (!arrived)
+        was = mf_page_unclaim(states, frame->first_page);
+    else if (round)
+        was = mf_page_land_unconfirmed(states, frame->first_page, true);
+    else
+        confirm(lander, frame->region, frame->first_page, 1, &was);
     if (was & MF_PAGE_DISCARD) {
         land_finish_discard(lander, frame->region, frame->first_page);
         return;

@@ -88,16 +88,7 @@ struct mf_gate_lane *server_lane(struct memferry_server *s)
 void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
 {
     struct memferry_server *s = argument;
-    uint64_t gone = 0;
-    for (uint64_t page = first; page < first + pages; page++) {
-        uint8_t was = mf_page_discard(&s->pages[region], page);
-        if (mf_page_state_of(was) == MF_PAGE_LANDING)
-            continue; /* its lander finishes it */
-        gone += !mf_page_resolvable(was);
-        if (was & MF_PAGE_FAULTED)
-            mf_resolve_wake(&s->lander.resolver, region, page);
-    }
-    landed(s, MF_LANDED_DISCARDED, gone);
+    mf_land_discard(&s->lander, region, first, pages, false);
 }
 
 /* ---- what could not be had ---- */
@@ -278,7 +269,9 @@ int memferry_forget(struct memferry_server *s, uint32_t region, uint64_t first_p
 static int discard(struct memferry_server *s, void *argument)
 {
     const struct run *run = argument;
-    server_discard(s, run->region, run->first, run->pages);
+    mf_gate_close(&s->gate);
+    mf_land_discard(&s->lander, run->region, run->first, run->pages, true);
+    mf_gate_open(&s->gate);
     return 0;
 }
 
@@ -287,6 +280,8 @@ int memferry_discard(struct memferry_server *s, uint32_t region, uint64_t first_
 {
     struct run run = {region, first_page, pages};
     int r = server_check_run(s, region, first_page, pages);
+    if (r == 0 && s->region[region].kind == MF_MEMORY_PRIVATE)
+        return server_fail(EINVAL, "anonymous memory is discarded by madvise(2) in its process");
     return r < 0 ? r : server_do(s, discard, &run);
 }
 

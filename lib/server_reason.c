@@ -131,7 +131,7 @@ unsigned server_observe(void *argument, uint32_t context)
     carry_over(before, before_count, r->blocked, seen.count);
     if (s->options.flags & MEMFERRY_FOLLOW_FORKS)
         note_forkers(r, proc_fd);
-    return seen.readable ? (unsigned)seen.readable : 1;
+    return (unsigned)seen.readable; /* 0: who sends it can't be seen yet */
 }
 
 /* ---- what it was ---- */

@@ -100,7 +100,8 @@ struct memferry_change {
 struct memferry_failure {
     size_t struct_bytes;
     uint32_t region;
-    int32_t error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC,, ...) */
+    int32_t
+        error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC,, ...) */
     uint64_t first_page, pages;
 };
 
@@ -394,8 +395,9 @@ int memferry_fill_zero(struct memferry_server *server, uint32_t region, uint64_t
                        uint64_t pages);
 
 /** memferry_fill_present() - the same for pages whose bytes the caller has written into the
- * region's file himself, through a mapping of his own or write(2). A hole counts as zeros. -EINVAL
- * for anonymous memory. */
+ * region's file himself, through a mapping of his own or write(2). A hole counts as zeros. Who
+ * writes pages that the process may discard at that moment can't know whether his bytes came before
+ * or after: then it must be memferry_fill(). -EINVAL for anonymous memory. */
 int memferry_fill_present(struct memferry_server *server, uint32_t region, uint64_t first_page,
                           uint64_t pages);
 
@@ -410,9 +412,10 @@ int memferry_fill_failed(struct memferry_server *server, uint32_t region, uint64
 int memferry_forget(struct memferry_server *server, uint32_t region, uint64_t first_page,
                     uint64_t pages);
 
-/** memferry_discard() - the caller has discarded these pages in a way of which no event tells
- * (fallocate(2) FALLOC_FL_PUNCH_HOLE, truncation): they read as zeros and are never filled. Return:
- * 0, -EINVAL. */
+/** memferry_discard() - these pages are not wanted any more: they are punched out of the region's
+ * file, read as zeros and are never filled. Instead of fallocate(2) FALLOC_FL_PUNCH_HOLE, of which
+ * no event tells. Return: 0; -EINVAL, also for anonymous memory, which its process discards by
+ * madvise(2). */
 int memferry_discard(struct memferry_server *server, uint32_t region, uint64_t first_page,
                      uint64_t pages);
 
