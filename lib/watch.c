@@ -537,6 +537,8 @@ static bool told(struct mf_watch *watch, struct batch *batch, const struct uffd_
 int mf_watch_read(struct mf_watch *watch, mf_watch_fn *fn, void *arg)
 {
     int read_count = 0, rc = 0;
+    if (watch->uffd < 0 || !readable(watch->uffd))
+        return 0;
     struct batch *batch = calloc(1, sizeof(*batch));
     if (!batch)
         return -ENOMEM;

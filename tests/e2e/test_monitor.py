@@ -261,6 +261,12 @@ def monitor_each_call(sandbox):
         # The same shared memory once more.
         new = victim.call(thread, MREMAP, shared, 0, PAGE, MAYMOVE)
         monitor.expect(raw(pid, tid, "remap", shared, shared, "mremap", new))
+    # The advice that names its ranges in memory, which only newer kernels take for discarding (6.13).
+    self_fd = victim.call(0, PIDFD_OPEN, pid, 0)
+    vector = victim.map(AREA + 40 * GIB, PAGE)
+    victim.write(vector, (AREA + 5 * GIB).to_bytes(8, "little") + (3 * PAGE).to_bytes(8, "little"))
+    if victim.call(4, PROCESS_MADVISE, self_fd, vector, 1, DONTNEED, 0, check=False) >= 0:
+        monitor.expect(raw(pid, victim.tids[4], "remove", AREA + 5 * GIB, AREA + 5 * GIB + 3 * PAGE, "dontneed"))
     # A change over several mappings, of which some are not watched: told for each that is.
     at = AREA + 6 * GIB
     victim.map(at + size, size)

@@ -3,6 +3,7 @@
  * rests on. */
 #include <errno.h>
 #include <fcntl.h>
+#include <liburing.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -279,6 +280,29 @@ static void five_gibibytes_are_one_message(void **state)
     scene_end(&scene);
 }
 
+static void an_advice_by_io_uring_is_not_told_by_its_worker(void **state)
+{
+    (void)state;
+    struct scene scene;
+    struct io_uring ring;
+    scene_make(&scene, 4, 0);
+    int rc = io_uring_queue_init(4, &ring, 0);
+    if (rc < 0)
+        lacking("io_uring (%s)", strerror(-rc));
+    struct io_uring_sqe *entry = io_uring_get_sqe(&ring);
+    io_uring_prep_madvise(entry, scene.memory, PAGE, MADV_DONTNEED);
+    assert_int_equal(io_uring_submit(&ring), 1);
+    struct mf_change change = next_change(&scene);
+    assert_int_equal(change.kind, MF_CHANGE_REMOVE);
+    assert_string_equal(mf_reason_name(change.reason), "unknown");
+    assert_true(change.tid != 0 && change.tid != getpid()); /* it waits, and so is known */
+    struct io_uring_cqe *done;
+    assert_int_equal(io_uring_wait_cqe(&ring, &done), 0);
+    assert_int_equal(done->res, 0);
+    io_uring_queue_exit(&ring);
+    scene_end(&scene);
+}
+
 /* ---- several at once ---- */
 
 static void events_are_read_in_the_order_in_which_they_came(void **state)
@@ -463,6 +487,7 @@ int main(int argc, char **argv)
         FACT(every_call_that_unmaps_is_told),
         FACT(a_move_onto_an_occupied_place_tells_three_times),
         FACT(five_gibibytes_are_one_message),
+        FACT(an_advice_by_io_uring_is_not_told_by_its_worker),
         FACT(events_are_read_in_the_order_in_which_they_came),
         FACT(whose_message_was_read_goes_on_at_once),
         FACT(who_waits_for_a_page_is_no_candidate),
