@@ -41,7 +41,7 @@ static void wake_dropped(const struct mf_events *events, const struct mf_range *
                      dropped[i].length_bytes);
 }
 
-static int region_of(const struct mf_events *events, const struct mf_vma *vma)
+int mf_events_region(const struct mf_events *events, const struct mf_vma *vma)
 {
     for (unsigned i = 0; i < events->region_count; i++) {
         const struct mf_region *region = &events->region[i];
@@ -75,11 +75,19 @@ static int learn_one(struct mf_events *events, uint32_t context, uint64_t addr, 
         if (vma.start_addr >= end)
             return 0;
         *next = vma.end_addr;
-        const int region = region_of(events, &vma);
+        const int region = mf_events_region(events, &vma);
         if (region < 0)
             return 1;
         const uint64_t vma_bytes = vma.end_addr - vma.start_addr;
-        r = mf_uffd_register(from->uffd, vma.start_addr, vma_bytes, &err);
+        if (events->watch == MF_EVENTS_FAULTS) {
+            r = mf_uffd_register(from->uffd, vma.start_addr, vma_bytes, &err);
+        } else {
+            r = mf_uffd_register_wp(from->uffd, vma.start_addr, vma_bytes, &err);
+            if (r == -EPERM) /* which nobody ever can write through */
+                return 1;
+            if (r == -EBUSY)
+                return r;
+        }
         if (r == -EBUSY) /* of another context of this target, which is asked for itself */
             return 1;
         if (r < 0 && r != -EINVAL)
@@ -99,7 +107,7 @@ static int learn_one(struct mf_events *events, uint32_t context, uint64_t addr, 
             return 1;
         }
         /* What is there now may be none of ours; then it must not stay registered. */
-        if (r == 0 && region_of(events, &again) < 0)
+        if (r == 0 && mf_events_region(events, &again) < 0)
             mf_uffd_unregister(from->uffd, vma.start_addr, vma_bytes);
         vma = again;
         r = 0;
@@ -302,7 +310,7 @@ static void remapped(struct mf_events *events, uint32_t context, const struct uf
     uint64_t length_bytes = message->arg.remap.len;
     /* Memory without a file can't be known again at its new place. */
     bool files = true;
-    if (has_private(events) &&
+    if (has_private(events) && events->watch == MF_EVENTS_FAULTS &&
         mf_limbo_remap(&events->limbo, events->layout, context, from, to, length_bytes, &files) < 0)
         no_room();
     if (!files && length_bytes)
@@ -355,18 +363,37 @@ static uint32_t forked(struct mf_events *events, uint32_t context, const struct 
 {
     const int uffd = (int)message->arg.fork.ufd;
     const int index = mf_contexts_add(events->contexts, uffd, -1, true);
+    if (index < 0 && events->watch == MF_EVENTS_WRITES) {
+        close(uffd); /* it waits for nothing */
+        events->ops->forked(events->arg, context, UINT32_MAX);
+        return UINT32_MAX;
+    }
     if (index < 0) {
         /* Closing it would let the child read zeros, so it stays open, and the child waits. */
         mf_log(MF_LOG_ERR, "no room to follow a process that was forked: it will wait for ever");
         return UINT32_MAX;
     }
-    if (has_private(events)) {
+    if (has_private(events) && events->watch == MF_EVENTS_FAULTS) {
         forget_gone(events);
         inherit_private(events, context, (uint32_t)index);
     }
     if (events->ops->forked)
         events->ops->forked(events->arg, context, (uint32_t)index);
     return (uint32_t)index;
+}
+
+/* All that is mapped in the range, but for private memory. */
+static void unmap_files(struct mf_events *events, uint32_t context, uint64_t start, uint64_t end)
+{
+    struct mf_mapping m;
+    struct mf_range dropped[1];
+    for (uint64_t at = start;
+         mf_layout_from(events->layout, context, at, &m) && m.start_addr < end;) {
+        const uint64_t from = m.start_addr > at ? m.start_addr : at;
+        at = m.start_addr + m.length_bytes;
+        if (!is_private(events, &m))
+            mf_layout_unmap(events->layout, context, from, at < end ? at : end, dropped);
+    }
 }
 
 static void apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
@@ -383,8 +410,14 @@ static void apply_event(struct mf_events *events, uint32_t context, const struct
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_UNMAP:
-        wake_dropped(events, dropped,
-                     mf_limbo_unmap(&events->limbo, events->layout, context, start, end, dropped));
+        if (events->ops->unmapped)
+            events->ops->unmapped(events->arg, context, start, end);
+        if (events->watch == MF_EVENTS_WRITES)
+            unmap_files(events, context, start, end);
+        else
+            wake_dropped(
+                events, dropped,
+                mf_limbo_unmap(&events->limbo, events->layout, context, start, end, dropped));
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_REMAP:

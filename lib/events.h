@@ -64,6 +64,18 @@ enum mf_removed {
     MF_REMOVED_PAGES,   /**< they are gone: they read as zeros, and nothing may come back */
 };
 
+/** What a userfaultfd is for. */
+enum mf_events_watch {
+    MF_EVENTS_FAULTS, /**< a destination: MISSING and MINOR, or MISSING alone of private memory */
+    /**
+     * A source: write protection without messages (WP_ASYNC); nobody waits for a page. Only the
+     * target itself is followed: of its children, contexts without a layout, it is known that they
+     * are there. The layout of private memory stays as it was set, for there a page is what lies at
+     * its place.
+     */
+    MF_EVENTS_WRITES,
+};
+
 /** struct mf_events_ops - what the owner does. All are called on the reading thread. */
 struct mf_events_ops {
     /** fault: somebody waits for @page of @region, which may be MF_REGION_ZEROS (@page says nothing
@@ -85,6 +97,9 @@ struct mf_events_ops {
     /** changed: @message, an event, has taken effect. @child: the context that a fork brought, else
      * UINT32_MAX. From mf_events_read(), as discard. May be NULL. */
     void (*changed)(void *arg, uint32_t context, const struct uffd_msg *message, uint32_t child);
+    /** unmapped: the layout is about to lose the range. From mf_events_read(), as discard. May be
+     * NULL. */
+    void (*unmapped)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);
     /** forked: @context is new. May be NULL. */
     void (*forked)(void *arg, uint32_t parent, uint32_t context);
     /** maps: open the maps of @context, in which thread @tid waits at @addr. Return: a descriptor,
@@ -101,6 +116,7 @@ struct mf_events {
     struct mf_gate *gate;           /**< NULL: nobody else resolves */
     const struct mf_region *region; /**< all regions, by index */
     unsigned region_count;
+    enum mf_events_watch watch;
 
     /** How many events may still be read before `observe` is asked again. `removed` may set it to
      * 0.
@@ -144,6 +160,9 @@ void mf_events_give_up_parked(struct mf_events *events);
  * until then is known. */
 int mf_events_learn(struct mf_events *events, uint32_t context, uint64_t start_addr,
                     uint64_t end_addr);
+
+/** mf_events_region() - which region @vma maps, if any. Return: its index or -1. */
+int mf_events_region(const struct mf_events *events, const struct mf_vma *vma);
 
 /** mf_events_drop() - a context is at its end: forget and close it, and everything about it. Not
  * while anything else waits on its userfaultfd. */

@@ -189,16 +189,18 @@ int mf_frame_check(const struct mf_frame *frame, const struct mf_frame_region *r
         return wrong(why, "a frame of unknown type");
     if (request == to_destination)
         return wrong(why, "a frame in the wrong direction");
-    if (frame->type == MF_FRAME_DISCARD)
-        return wrong(why, "a frame of a type that the hello did not agree on");
     const uint8_t allowed[] = {
         [MF_FRAME_DATA] = MF_FRAME_FLAG_ROUND,
         [MF_FRAME_ZERO] = MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND,
+        [MF_FRAME_DISCARD] = MF_FRAME_FLAG_ROUND,
         [MF_FRAME_BARRIER] = MF_FRAME_FLAG_ROUND,
         [MF_FRAME_REQUEST] = 0,
     };
     if (frame->flags & ~allowed[frame->type])
         return wrong(why, "a frame with unknown flags");
+    /* Later the source's memory doesn't change any more: what is a hole then is a ZERO. */
+    if (frame->type == MF_FRAME_DISCARD && !(frame->flags & MF_FRAME_FLAG_ROUND))
+        return wrong(why, "a discard that belongs to no round");
     if (frame->type == MF_FRAME_BARRIER) {
         if (frame->region != 0 || frame->pages != 0 || frame->length_bytes != 0)
             return wrong(why, "a barrier frame that carries pages");

@@ -24,7 +24,7 @@ enum mf_ipc_type {
     MF_IPC_SETUP = 1, /**< with the session file */
     MF_IPC_REGION,    /**< with the RAM file; of private memory: struct mf_region_source, fd */
     MF_IPC_CONTEXT,   /**< with the userfaultfd; a source has one only if writes are tracked */
-    MF_IPC_MAPS,      /**< destination: with the open /proc/PID/maps of a context */
+    MF_IPC_MAPS,      /**< with the open /proc/PID/maps of a context */
     MF_IPC_PAGEMAP,   /**< source, if writes are tracked: with /proc/PID/pagemap */
     MF_IPC_LAYOUT,    /**< destination with private memory: with its layout file */
     MF_IPC_POPULATED, /**< source with private memory: with /proc/PID/pagemap */
@@ -37,7 +37,6 @@ enum mf_ipc_type {
     MF_IPC_ROUND,      /**< source: copy once more what was written since; ROUND_DONE follows */
     MF_IPC_CUT_ROUND,  /**< source: end the round where it is */
     MF_IPC_SETTINGS,   /**< source: the bandwidth limit */
-    MF_IPC_UNWATCHED,  /**< source: of this mapping's pages it is not known what was written */
     MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
     MF_IPC_CONFIRM,    /**< source: sweep before RELEASE (mode precopy) */
     MF_IPC_SEND,       /**< send a phase change */

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/page_state.h"
 
+/* What a new link, or a new mover, still has to know. */
+#define KEPT (MF_PAGE_COPY_MASK | MF_PAGE_STALE | MF_PAGE_REMOVED)
+
 /* Eight states at a time where a run is long: a hole of terabytes must not take seconds. */
 static _Atomic uint64_t *word_at(const struct mf_pages *pages, uint64_t page)
 {
@@ -103,6 +106,19 @@ void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t cop
         next = (uint8_t)((was & ~MF_PAGE_COPY_MASK) | copied);
     while (!atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                   memory_order_relaxed, memory_order_relaxed));
+}
+
+void mf_page_mark(const struct mf_pages *pages, uint64_t first, uint64_t count, uint8_t bits)
+{
+    for (uint64_t page = first; page < first + count; page++)
+        atomic_fetch_or_explicit(&pages->state[page], bits, memory_order_acq_rel);
+}
+
+void mf_page_unmark(const struct mf_pages *pages, uint64_t first, uint64_t count, uint8_t bits)
+{
+    for (uint64_t page = first; page < first + count; page++)
+        if (atomic_load_explicit(&pages->state[page], memory_order_relaxed) & bits)
+            atomic_fetch_and_explicit(&pages->state[page], (uint8_t)~bits, memory_order_acq_rel);
 }
 
 uint64_t mf_page_run_of(const struct mf_pages *pages, uint8_t mask, uint64_t first, uint64_t end,
@@ -217,8 +233,7 @@ uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, 
         }
         missing++;
         /* What precopy rounds brought is still there, and still unconfirmed. */
-        atomic_store_explicit(&pages->state[page],
-                              (uint8_t)(MF_PAGE_UNCONFIRMED | (was & MF_PAGE_COPY_MASK)),
+        atomic_store_explicit(&pages->state[page], (uint8_t)(MF_PAGE_UNCONFIRMED | (was & KEPT)),
                               memory_order_relaxed);
     }
     return missing;
@@ -252,7 +267,7 @@ void mf_page_fill(const struct mf_pages *pages, uint64_t first, uint64_t count,
 {
     for (uint64_t page = first; page < first + count; page++) {
         uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
-        atomic_store_explicit(&pages->state[page], (uint8_t)((was & MF_PAGE_COPY_MASK) | state),
+        atomic_store_explicit(&pages->state[page], (uint8_t)((was & KEPT) | state),
                               memory_order_relaxed);
     }
 }

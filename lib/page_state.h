@@ -55,6 +55,10 @@ enum mf_page_state {
 #define MF_PAGE_COPIED 0x20u
 #define MF_PAGE_COPIED_ZERO 0x10u
 #define MF_PAGE_COPY_MASK 0x30u
+/** Source: written, maybe, through a mapping that is no more; so it counts as written. */
+#define MF_PAGE_STALE 0x04u
+/** Source: the target discarded it, or nothing came of that: worth a look whether it is a hole. */
+#define MF_PAGE_REMOVED 0x08u
 
 #define MF_PAGE_UNSENT MF_PAGE_UNCONFIRMED
 #define MF_PAGE_SENT MF_PAGE_CONFIRMED
@@ -111,6 +115,14 @@ uint64_t mf_page_mark_sent(const struct mf_pages *pages, uint64_t first, uint64_
 /** mf_page_set_copied() - source: note what the destination holds: MF_PAGE_COPIED,
  * MF_PAGE_COPIED_ZERO or 0. */
 void mf_page_set_copied(const struct mf_pages *pages, uint64_t page, uint8_t copied);
+
+/** mf_page_mark() - source: set @bits, MF_PAGE_STALE or MF_PAGE_REMOVED, over a run. With release.
+ */
+void mf_page_mark(const struct mf_pages *pages, uint64_t first, uint64_t count, uint8_t bits);
+
+/** mf_page_unmark() - source: clear @bits over a run, which is copied anew from now on: what marks
+ * it later stays. With acquire. */
+void mf_page_unmark(const struct mf_pages *pages, uint64_t first, uint64_t count, uint8_t bits);
 
 /** mf_page_run_of() - how many pages from @first on, below @end, have the same bits of @mask as the
  * first.

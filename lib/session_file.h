@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "lib/copies.h"
 #include "lib/error.h"
 #include "lib/histogram.h"
 #include "lib/page_state.h"
@@ -48,6 +49,7 @@ struct mf_session_file {
     /** Source, after RELEASE: every page was looked at; what was written since it was copied is not
      * marked as a copy any more. */
     _Atomic uint32_t looked;
+    struct mf_copies copies; /**< source */
     struct mf_figures figures;
 };
 _Static_assert(sizeof(struct mf_session_file) <= MF_SESSION_FILE_HEADER_BYTES,

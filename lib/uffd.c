@@ -179,12 +179,7 @@ int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
 {
     struct uffdio_writeprotect arg = {.range = {.start = start_addr, .len = length_bytes},
                                       .mode = UFFDIO_WRITEPROTECT_MODE_WP};
-    int rc;
-    /* EAGAIN: the address space is changing under it (mmap_changing). */
-    do
-        rc = ioctl(uffd, UFFDIO_WRITEPROTECT, &arg);
-    while (rc != 0 && errno == EAGAIN);
-    return rc == 0 ? 0 : -errno;
+    return ioctl(uffd, UFFDIO_WRITEPROTECT, &arg) == 0 ? 0 : -errno;
 }
 
 int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes)

@@ -57,12 +57,20 @@ int mf_uffd_register_private(int uffd, uint64_t start_addr, uint64_t length_byte
 #define MF_UFFD_FEATURES_WP                                                                        \
     (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
 
+/** And those that tell it of changes to the layout: without REMAP and FORK a mapping that moves or
+ * is inherited would go on unwatched, without a word. FORK takes CAP_SYS_PTRACE at the handshake.
+ */
+#define MF_UFFD_FEATURES_WP_EVENTS                                                                 \
+    (MF_UFFD_FEATURES_WP | UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP |                   \
+     UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_FORK)
+
 /** mf_uffd_register_wp() - watch [@start_addr, +@length_bytes) for writes (needs WP_ASYNC). As
  *  mf_uffd_register. */
 int mf_uffd_register_wp(int uffd, uint64_t start_addr, uint64_t length_bytes, struct mf_error *err);
 
 /** mf_uffd_protect() - write-protect a watched range: a page written from now on is "written"
- * again. Return: 0 or -errno (-ENOENT: a part is not watched, -ESRCH). */
+ * again. Return: 0 or -errno (-ENOENT: a part is not watched, -ESRCH, -EAGAIN: an event is unread,
+ * so that what lies in the range may have changed). */
 int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes);
 
 /** mf_uffd_unregister() - wakes waiters too (a MINOR-only range would not: WAKE is sent first and

@@ -32,9 +32,11 @@ static int find_by_ioctl(int maps_fd, uint64_t addr, struct mf_vma *out)
     return 0;
 }
 
-static int find_in_text(int maps_fd, uint64_t addr, struct mf_vma *out)
+/* The lines of the text, until @each returns something else than 0. */
+static int each_in_text(int maps_fd, int (*each)(void *arg, const struct mf_vma *vma), void *arg)
 {
     char text[TEXT_BYTES + 1];
+    struct mf_vma vma;
     size_t have = 0;
     off_t at = 0;
     for (;;) {
@@ -44,17 +46,18 @@ static int find_in_text(int maps_fd, uint64_t addr, struct mf_vma *out)
         if (n < 0)
             return -errno;
         if (n == 0)
-            return at == 0 ? -ESRCH : -ENOENT;
+            return at == 0 ? -ESRCH : 0;
         at += n;
         have += (size_t)n;
         text[have] = '\0';
         char *line = text;
         for (char *end; (end = strchr(line, '\n')); line = end + 1) {
             *end = '\0';
-            if (mf_vma_parse(line, out) < 0)
+            if (mf_vma_parse(line, &vma) < 0)
                 return -EPROTO;
-            if (out->end_addr > addr)
-                return 0;
+            int r = each(arg, &vma);
+            if (r != 0)
+                return r;
         }
         have = (size_t)(text + have - line);
         if (have == TEXT_BYTES)
@@ -63,15 +66,56 @@ static int find_in_text(int maps_fd, uint64_t addr, struct mf_vma *out)
     }
 }
 
-int mf_vma_find(int maps_fd, uint64_t addr, struct mf_vma *out)
+struct wanted {
+    uint64_t addr;
+    struct mf_vma *out;
+};
+
+static int ends_behind(void *arg, const struct mf_vma *vma)
+{
+    const struct wanted *wanted = arg;
+    if (vma->end_addr <= wanted->addr)
+        return 0;
+    *wanted->out = *vma;
+    return 1;
+}
+
+static int find_in_text(int maps_fd, uint64_t addr, struct mf_vma *out)
+{
+    struct wanted wanted = {addr, out};
+    int r = each_in_text(maps_fd, ends_behind, &wanted);
+    return r == 0 ? -ENOENT : r < 0 ? r : 0;
+}
+
+/* Return: is there such an ioctl? With what came of it in @r. */
+static bool try_ioctl(int maps_fd, uint64_t addr, struct mf_vma *out, int *r)
 {
     static atomic_bool no_ioctl; /* an old kernel stays one */
-    if (!atomic_load_explicit(&no_ioctl, memory_order_relaxed)) {
-        int r = find_by_ioctl(maps_fd, addr, out);
-        /* EPERM: a system-call filter from before this call. */
-        if (r != -ENOTTY && r != -EINVAL && r != -EPERM && r != -EOPNOTSUPP)
-            return r;
-        atomic_store_explicit(&no_ioctl, true, memory_order_relaxed);
+    if (atomic_load_explicit(&no_ioctl, memory_order_relaxed))
+        return false;
+    *r = find_by_ioctl(maps_fd, addr, out);
+    /* EPERM: a system-call filter from before this call. */
+    if (*r != -ENOTTY && *r != -EINVAL && *r != -EPERM && *r != -EOPNOTSUPP)
+        return true;
+    atomic_store_explicit(&no_ioctl, true, memory_order_relaxed);
+    return false;
+}
+
+int mf_vma_find(int maps_fd, uint64_t addr, struct mf_vma *out)
+{
+    int r;
+    return try_ioctl(maps_fd, addr, out, &r) ? r : find_in_text(maps_fd, addr, out);
+}
+
+int mf_vma_each(int maps_fd, int (*each)(void *arg, const struct mf_vma *vma), void *arg)
+{
+    struct mf_vma vma;
+    int r = 0;
+    for (uint64_t at = 0; try_ioctl(maps_fd, at, &vma, &r); at = vma.end_addr) {
+        if (r == 0)
+            r = each(arg, &vma);
+        if (r != 0)
+            return r == -ENOENT ? 0 : r;
     }
-    return find_in_text(maps_fd, addr, out);
+    return each_in_text(maps_fd, each, arg);
 }

@@ -21,3 +21,10 @@
  * or another -errno.
  */
 int mf_vma_find(int maps_fd, uint64_t addr, struct mf_vma *out);
+
+/**
+ * mf_vma_each() - call @each for every mapping, in order, until it returns something else than 0.
+ * What changes meanwhile may be seen or not. Return: 0, what @each returned, -ESRCH when the
+ * address space is gone, or another -errno.
+ */
+int mf_vma_each(int maps_fd, int (*each)(void *arg, const struct mf_vma *vma), void *arg);

@@ -65,14 +65,14 @@ enum mf_frame_type {
     MF_FRAME_DATA = 1,    /**< a run of pages, bytes follow */
     MF_FRAME_ZERO = 2,    /**< a run of pages that read as zeros */
     MF_FRAME_CURRENT = 3, /**< a run of pages of which the destination holds the right bytes */
-    MF_FRAME_DISCARD = 4, /**< a run of pages whose contents were discarded */
+    MF_FRAME_DISCARD = 4, /**< of a precopy round: a run of pages whose contents were discarded */
     MF_FRAME_BARRIER = 5, /**< everything sent before it on this connection has arrived */
     MF_FRAME_REQUEST = 6, /**< destination → source, urgent connection: send this page now */
 };
 
 #define MF_FRAME_FLAG_HOLE 0x01u /**< ZERO: a hole of the source's file, never touched */
-/** DATA, ZERO, BARRIER: of a precopy round, while the guest still runs at the source: lands
- * unconfirmed. */
+/** DATA, ZERO, DISCARD (always), BARRIER: of a precopy round, while the guest still runs at the
+ * source: lands unconfirmed. */
 #define MF_FRAME_FLAG_ROUND 0x02u
 
 /** struct mf_frame - a decoded frame header. */

@@ -90,6 +90,14 @@ void precopy_begin(struct session *session)
     begin_round(session);
 }
 
+static void doubt_note(struct session *session, const char *what)
+{
+    snprintf(session->mode_note, sizeof(session->mode_note),
+             "%s: %s; --mode postcopy suits such a program better", what,
+             mf_copies_why(&session->view.file->copies));
+    mf_log(MF_LOG_NOTICE, "%s: %s", session->name, session->mode_note);
+}
+
 void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
                         uint64_t duration_ns, uint64_t dirty_pages)
 {
@@ -100,6 +108,16 @@ void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
     mf_log(MF_LOG_DEBUG, "%s: round %u: %llu pages in %llu ms, %llu dirty by then", session->name,
            round, (unsigned long long)pages, (unsigned long long)(duration_ns / 1000000u),
            (unsigned long long)dirty_pages);
+    /* A round that should have settled what the one before left in doubt has not: nor will others.
+     */
+    const bool in_doubt = !mf_copies_good(&session->view.file->copies);
+    if (in_doubt && session->round_in_doubt && rounds->mode == MF_PRECOPY) {
+        rounds->mode = MF_HYBRID;
+        doubt_note(session, "precopy became hybrid");
+        session_event(session, MF_EV_COPIED);
+        return;
+    }
+    session->round_in_doubt = in_doubt;
     if (next == MF_ROUNDS_AGAIN) {
         if (rounds->mode == MF_PRECOPY && round >= MF_ROUNDS_HYBRID)
             session_set_reason(
@@ -132,27 +150,16 @@ void precopy_switch(struct session *session)
         mover_order(session, &(struct mf_ipc){.type = MF_IPC_CUT_ROUND}, -1);
 }
 
-/* More than these, and whole regions are named: a mover's socket takes so many messages at once. */
-#define UNWATCHED_MOST 64
-
-int precopy_look_again(struct session *session, struct mf_error *err)
+void precopy_look_again(struct session *session)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    if (session->pagemap_fd < 0 || session_vmm_ops(session) != &vmm_process)
-        return 0; /* a VMM keeps its memory where it is */
-    int count = target_unwatched(session, mappings, err);
-    if (count < 0)
-        return count;
-    if (count > UNWATCHED_MOST) {
-        for (unsigned i = 0; i < session->region_count; i++)
-            mappings[i] =
-                (struct mf_mapping){.region = i, .length_bytes = session->region[i].size_bytes};
-        count = (int)session->region_count;
-    }
-    for (int i = 0; i < count; i++)
-        mover_order(session, &(struct mf_ipc){.type = MF_IPC_UNWATCHED, .mapping = mappings[i]},
-                    -1);
-    return 0;
+    struct mf_rounds *rounds = &session->rounds;
+    if (session->pagemap_fd < 0 || mf_copies_good(&session->view.file->copies))
+        return;
+    /* To confirm before RELEASE would mean to send everything while the guest stands still. */
+    doubt_note(session, rounds->mode == MF_PRECOPY
+                            ? "precopy became hybrid, and all memory is sent again"
+                            : "all memory is sent again");
+    rounds->mode = MF_HYBRID;
 }
 
 void precopy_confirm(struct session *session)

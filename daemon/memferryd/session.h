@@ -79,12 +79,11 @@ struct session {
     int pagemap_fd;             /**< source: -1 if writes are not tracked */
     int populated_fd;           /**< source with private memory: /proc/PID/pagemap, else -1 */
     int layout_fd;              /**< destination with private memory: lib/layout_file.h, else -1 */
-    struct mf_mapping *watched; /**< source: what is watched for writes; owned */
-    unsigned watched_count;
-    int uffd;               /**< our duplicate; -1 at a source that does not track writes */
-    int remote_uffd;        /**< its number inside the target (I2), -1: none */
-    struct keeper children; /**< destination: of the target's, between two movers */
-    bool dontneed_discards; /**< as in MF_IPC_SETUP */
+    struct event *events_event; /**< source: on `uffd` while there is no mover to read it */
+    int uffd;                   /**< our duplicate; -1 at a source that does not track writes */
+    int remote_uffd;            /**< its number inside the target (I2), -1: none */
+    struct keeper children;     /**< destination: of the target's, between two movers */
+    bool dontneed_discards;     /**< as in MF_IPC_SETUP */
 
     /* The mover and the session file. */
     int file_fd;
@@ -98,6 +97,7 @@ struct session {
 
     /* Precopy, source. */
     struct mf_rounds rounds;
+    bool round_in_doubt;  /**< after the last round the copies were (lib/copies.h) */
     unsigned round_begun; /**< number of the last round that was begun */
     unsigned switch_after_s;
     struct event *switch_timer;
@@ -177,9 +177,9 @@ void precopy_round_done(struct session *session, unsigned round, uint64_t pages,
                         uint64_t duration_ns, uint64_t dirty_pages);
 /** precopy_switch() - an operator's word or the time: end precopy now. */
 void precopy_switch(struct session *session);
-/** precopy_look_again() - source, the guest is paused: memory that it maps otherwise than when its
- * writes began to be followed counts as written. Return: 0 or -errno. */
-int precopy_look_again(struct session *session, struct mf_error *err);
+/** precopy_look_again() - source, the guest is paused: are the copies worth anything? If not,
+ * precopy becomes hybrid: all is sent after RELEASE. */
+void precopy_look_again(struct session *session);
 /** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be
  * prepared. */
 void precopy_confirm(struct session *session);
@@ -196,10 +196,9 @@ int target_track(struct session *session, struct mf_error *err);
  */
 int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
                     struct mf_error *err);
-/** target_unwatched() - source, tracking, the target is paused: mappings that have come since it is
- * watched, by mmap(2) or a move: what was written through them was not seen.
- * @out: of MF_MAPPINGS_MAX. Return: how many, or -errno. */
-int target_unwatched(struct session *session, struct mf_mapping *out, struct mf_error *err);
+/** target_mind_events() - source: read what the target's userfaultfd says, since there is no mover
+ * that does (@mind), or stop doing so. The target waits for it in its system call. */
+void target_mind_events(struct session *session, bool mind);
 /** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a
  * sentence. */
 int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);

@@ -337,7 +337,6 @@ void session_event(struct session *session, enum mf_event event)
 void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
 {
     struct session *session = arg;
-    struct mf_error err;
     switch (event) {
     case VMM_STOPPED:
         session->stopped_ns = mf_now_ns();
@@ -345,11 +344,7 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
     case VMM_PAUSED:
         if (!session->stopped_ns)
             session->stopped_ns = mf_now_ns();
-        if (precopy_look_again(session, &err) < 0) {
-            session_set_reason(session, "%s", err.text);
-            session_event(session, MF_EV_VMM_FAILED);
-            break;
-        }
+        precopy_look_again(session);
         session_event(session, MF_EV_VMM_PAUSED);
         break;
     case VMM_COMPLETED:
@@ -543,6 +538,7 @@ void session_on_mover_exit(struct session *session, const char *how)
                        session->name, how);
         return;
     }
+    target_mind_events(session, true);
     mf_log(MF_LOG_WARNING, "%s: memferry-mover %s; starting another", session->name, how);
     session->mover_restarts++;
     session_set_reason(session, "memferry-mover on this host %s", how);

@@ -356,7 +356,7 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
     }
     if (r == 0 && session->uffd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT}, session->uffd);
-    if (r == 0 && session->role == MF_DESTINATION && !session->target_exited)
+    if (r == 0 && session->uffd >= 0 && !session->target_exited)
         r = hand_over_maps(session, sock);
     if (r == 0 && session->layout_fd >= 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_LAYOUT}, session->layout_fd);
@@ -435,6 +435,7 @@ int mover_start(struct session *session, struct mf_error *err)
     event_add(m->exit_event, NULL);
     event_add(m->sock_event, NULL);
     session->mover = m;
+    target_mind_events(session, false);
     return 0;
 }
 

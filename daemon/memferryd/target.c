@@ -214,14 +214,8 @@ static int arm(struct session *session, struct mf_error *err)
     return r;
 }
 
-static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
-{
-    return a->start_addr == b->start_addr && a->length_bytes == b->length_bytes &&
-           a->offset_bytes == b->offset_bytes && a->region == b->region;
-}
-
-/* The target stands still, or keeps its memory where it is. */
-static int watch_writes(struct session *session, struct mf_error *err)
+/* The target stands still, or keeps its memory where it is. @first: a mapping that is watched. */
+static int watch_writes(struct session *session, struct mf_mapping *first, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
     int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
@@ -229,30 +223,31 @@ static int watch_writes(struct session *session, struct mf_error *err)
         return count < 0
                    ? count
                    : mf_fail(err, ENOENT, "the %s does not map its memory", session_noun(session));
-    session->watched = calloc((size_t)count, sizeof(*session->watched));
-    if (!session->watched)
-        return mf_fail(err, ENOMEM, "out of memory");
     for (int i = 0; i < count; i++) {
         int r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
                                     err);
         if (r < 0)
             return r;
-        session->watched[session->watched_count++] = mappings[i];
     }
+    *first = mappings[0];
     return 0;
 }
 
-int target_unwatched(struct session *session, struct mf_mapping *out, struct mf_error *err)
+/*
+ * At the source nobody needs the descriptor inside the target (I2 is about the destination), and
+ * nobody may: a target that changes its layout waits until somebody reads the event. When memferryd
+ * and the mover are gone, so must be the last reference, which frees whoever waits.
+ */
+static void close_remote(struct session *session)
 {
-    int unwatched = 0, count = target_mappings(session, out, MF_MAPPINGS_MAX, err);
-    for (int i = 0; i < count; i++) {
-        bool watched = false;
-        for (unsigned j = 0; !watched && j < session->watched_count; j++)
-            watched = same_mapping(&out[i], &session->watched[j]);
-        if (!watched)
-            out[unwatched++] = out[i];
-    }
-    return count < 0 ? count : unwatched;
+    struct mf_error err;
+    if (session->remote_uffd < 0 || session->target_exited)
+        return;
+    if (mf_inject_close(session->pid, session->remote_uffd, &err) < 0)
+        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
+               session_noun(session), err.text);
+    else
+        session->remote_uffd = -1;
 }
 
 int target_track(struct session *session, struct mf_error *err)
@@ -263,23 +258,54 @@ int target_track(struct session *session, struct mf_error *err)
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
+    /* While nothing is registered nobody waits for events, and the target can still be stopped. */
+    close_remote(session);
     uint64_t enabled = 0;
-    int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP, 0, &enabled, err);
+    struct mf_mapping first = {0};
+    int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP_EVENTS, 0, &enabled, err);
     if (r == 0)
-        r = watch_writes(session, err);
+        r = watch_writes(session, &first, err);
     if (r < 0)
         return r;
     /* Is PAGEMAP_SCAN there, and does it see that the memory is watched? */
     uint8_t written = 0;
-    const uint64_t page_bytes = session->region[session->watched[0].region].page_bytes;
-    r = mf_pagemap_scan(session->pagemap_fd, session->watched[0].start_addr, page_bytes, page_bytes,
-                        &written);
+    const uint64_t page_bytes = session->region[first.region].page_bytes;
+    r = mf_pagemap_scan(session->pagemap_fd, first.start_addr, page_bytes, page_bytes, &written);
     if (r < 0)
         return mf_fail(err, -r,
                        "this kernel can't say which pages were written (PAGEMAP_SCAN, Linux 6.7): "
                        "%s",
                        strerror(-r));
     return 0;
+}
+
+/* The mover reads events; here they are only taken out of the way. What a child that was forked
+ * does is not followed. */
+static void on_unread_events(evutil_socket_t fd, short what, void *arg)
+{
+    struct session *session = arg;
+    struct uffd_msg messages[64];
+    ssize_t n;
+    (void)what;
+    while ((n = read(fd, messages, sizeof(messages))) > 0)
+        for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++)
+            if (messages[i].event == UFFD_EVENT_FORK)
+                close((int)messages[i].arg.fork.ufd);
+    if (session->view.file)
+        mf_copies_doubt(&session->view.file->copies, MF_DOUBT_UNREAD);
+}
+
+void target_mind_events(struct session *session, bool mind)
+{
+    if (session->events_event)
+        event_free(session->events_event);
+    session->events_event = NULL;
+    if (!mind || session->role != MF_SOURCE || session->uffd < 0)
+        return;
+    session->events_event = event_new(daemon_base(session->daemon), session->uffd,
+                                      EV_READ | EV_PERSIST, on_unread_events, session);
+    if (!session->events_event || event_add(session->events_event, NULL) != 0)
+        target_stop_watching(session); /* nobody must wait for an event that nobody reads */
 }
 
 static bool has_private(const struct session *session)
@@ -363,6 +389,12 @@ static void stop_watching_private(const struct session *session)
                                vmas[i].end_addr - vmas[i].start_addr);
 }
 
+static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
+{
+    return a->start_addr == b->start_addr && a->length_bytes == b->length_bytes &&
+           a->offset_bytes == b->offset_bytes && a->region == b->region;
+}
+
 /* A process at work may move a mapping between the look at it and the call, which then leaves a
  * part of it registered and so cuts it in two: until nothing has moved. */
 #define UNREGISTER_TRIES 10u
@@ -389,6 +421,9 @@ static void unregister(struct session *session)
 void target_stop_watching(struct session *session)
 {
     struct mf_error err;
+    if (session->events_event)
+        event_free(session->events_event);
+    session->events_event = NULL;
     /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand;
      * closing the last descriptor would do it too. Either lets all waiters go on. */
     if (session->uffd >= 0) {
@@ -421,9 +456,6 @@ void target_let_go(struct session *session)
     if (session->pidfd >= 0)
         close(session->pidfd);
     session->pidfd = -1;
-    free(session->watched);
-    session->watched = NULL;
-    session->watched_count = 0;
     if (session->populated_fd >= 0)
         close(session->populated_fd);
     if (session->layout_fd >= 0)

@@ -9,6 +9,7 @@
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/schedule.h"
+#include "daemon/mover/source/tracker.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -84,9 +85,6 @@ static void take_order(struct mover *mover)
         break;
     case MF_IPC_SETTINGS:
         sweep_set_pace(mover, message.bandwidth_bits_s);
-        break;
-    case MF_IPC_UNWATCHED:
-        sweep_unwatched(mover, &message.mapping);
         break;
     case MF_IPC_FROZEN:
         sweep_frozen(mover);
@@ -243,6 +241,8 @@ int main(int argc, char **argv)
         mover_fatal("%s", err.text);
     if (mover.role == MF_DESTINATION && faults_start(&mover) < 0)
         mover_fatal("cannot start the fault thread of %s: %s", mover.name, strerror(errno));
+    if (mover.role == MF_SOURCE && tracker_start(&mover) < 0)
+        mover_fatal("cannot follow the layout of %s: %s", mover.name, strerror(errno));
     mover_tell(&mover, &(struct mf_ipc){.type = MF_IPC_READY});
     serve(&mover);
 }

@@ -4,7 +4,8 @@
  *
  * Threads. The main thread talks to memferryd (lib/ipc.h) and to the peer's main thread on the
  * control connection, and pumps the VMM's device stream; it starts and ends the others: source: one
- * thread for the urgent connection, one for each bulk connection; they live as long as a link.
+ * thread for the urgent connection, one for each bulk connection; they live as long as a link. And,
+ * where writes are tracked, one that reads the target's layout changes, to the end (tracker.h).
  *   destination: the fault thread, from the start to the end (a guest whose link is lost must still
  * have its events read and its confirmed pages resolved); it also owns the urgent connection of the
  * link. One thread for each bulk connection of a link. Threads share the page states (atomic), the
@@ -97,6 +98,7 @@ struct sweep {
     _Atomic uint32_t urgent_busy;   /**< a fault is being answered: bulk threads let it by */
     pthread_mutex_t lock;           /**< of what follows: between passes, never a page */
     pthread_cond_t changed;
+    uint32_t doubts;              /**< mf_copies_round() of the present round */
     bool frozen;                  /**< the guest is paused: its RAM may be read */
     bool released;                /**< or told to confirm before RELEASE: the sweep may begin */
     uint32_t round;               /**< of precopy; 0: none yet */
@@ -112,6 +114,7 @@ struct sweep {
 };
 
 struct fault_thread;
+struct tracker;
 
 struct mover {
     enum mf_role role;
@@ -126,8 +129,8 @@ struct mover {
     unsigned region_count;
     struct mf_region region[MF_REGIONS_MAX];
     struct mf_frame_region frame_region[MF_REGIONS_MAX];
-    struct mf_contexts contexts; /**< destination: changed by the fault thread only */
-    struct mf_gate gate;         /**< destination: see lib/gate.h */
+    struct mf_contexts contexts; /**< changed by the fault thread, or the tracker, only */
+    struct mf_gate gate;         /**< see lib/gate.h */
     int pagemap_fd;              /**< source: -1 if writes are not tracked */
     int populated_fd;            /**< source with private memory: /proc/PID/pagemap, else -1 */
     struct mf_layout layout;
@@ -135,6 +138,7 @@ struct mover {
     bool private_memory;                /**< a region is private anonymous memory */
 
     struct mf_session_view view;
+    struct mf_copies *copies; /**< source: of the session file */
     struct mf_figures *figures;
 
     struct companion companion; /**< destination; asked by the fault thread */
@@ -144,6 +148,12 @@ struct mover {
     struct tunnel tunnel;
     struct sweep sweep;          /**< source */
     struct fault_thread *faults; /**< destination */
+    struct tracker *tracker;     /**< source: NULL if writes are not tracked */
+    /** Source: the target has changed where its memory lies, at least once. */
+    _Atomic bool layout_moves;
+    /** Source: memory was looked up and protected by its address while the target was changing what
+     * lies there, maybe (sender.c). Set inside the gate, looked at with the gate closed. */
+    _Atomic bool protect_raced;
 };
 
 /* ---- main.c ---- */
@@ -239,12 +249,8 @@ int sweep_init(struct mover *mover);
 void sweep_set_pivot(struct mover *mover, uint32_t region, uint64_t page);
 void sweep_forget_sent(struct mover *mover); /**< everything counts as sent … */
 int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
-                  uint64_t pages); /**< … but this */
-void sweep_next_pass(
-    struct mover *mover); /** sweep_unwatched() - forget that the pages of @mapping were copied:
-                           * they are sent again. No round is under way. */
-void sweep_unwatched(struct mover *mover, const struct mf_mapping *mapping);
-/**< let the bulk threads begin */
+                  uint64_t pages);           /**< … but this */
+void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
 void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
 void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */

@@ -248,6 +248,7 @@ all:
         if (mover->view.pages[i].count != mover->region[i].pages)
             mover_fatal("the session file does not fit the region %s", mover->region[i].name);
     mover->figures = &mover->view.file->figures;
+    mover->copies = &mover->view.file->copies;
     set_layout(mover, mappings, mapping_count, restarted);
     take_over(mover, restarted);
     if (mover->role == MF_SOURCE && sweep_init(mover) < 0)

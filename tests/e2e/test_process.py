@@ -196,10 +196,33 @@ def process_hybrid(sandbox):
     need(result["mode"] == "hybrid" and result["rounds"], f"rounds should have been sent: {result}")
 
 
+NO_FORKS = ("--ops", "wwvdnmup")
+FORKS = ("--ops", "wvFFdnmup")
+
+
 @e2e()
 def process_precopy(sandbox):
-    _, result = whole_way(sandbox, "--mode", "precopy", "--max-blackout", "60000")
+    """Mappings are moved, made twice, unmapped and mapped again all the time, and followed."""
+    _, result = whole_way(sandbox, "--mode", "precopy", "--max-blackout", "60000", program=NO_FORKS)
     need(result["mode"] == "precopy" and result["unconfirmed_at_release"] == 0, f"{result}")
+
+
+def in_doubt(sandbox, *mode):
+    """Children write unseen: nothing is taken for current, and it is said why."""
+    _, result = whole_way(sandbox, "--mode", *mode, program=FORKS)
+    need(result["mode"] == "hybrid", f"{result}")
+    need("forked" in result["reason"] and "--mode postcopy" in result["reason"], f"{result}")
+
+
+@e2e()
+def process_hybrid_children_write(sandbox):
+    in_doubt(sandbox, "hybrid")
+
+
+@e2e()
+def process_precopy_children_write(sandbox):
+    """And the program is not stopped for as long as it takes to send everything again."""
+    in_doubt(sandbox, "precopy", "--max-blackout", "60000")
 
 
 @e2e()

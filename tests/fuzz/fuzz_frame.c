@@ -38,11 +38,12 @@ static void try_header(const uint8_t *header, const struct mf_frame_region *regi
         return;
     }
     require((frame.type == MF_FRAME_REQUEST) != to_destination);
-    require(frame.type != MF_FRAME_DISCARD);
+    require(frame.type != MF_FRAME_DISCARD || frame.flags == MF_FRAME_FLAG_ROUND);
     require(!(frame.flags & ~(MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND)));
     require(!(frame.flags & MF_FRAME_FLAG_HOLE) || frame.type == MF_FRAME_ZERO);
     require(!(frame.flags & MF_FRAME_FLAG_ROUND) || frame.type == MF_FRAME_DATA ||
-            frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_BARRIER);
+            frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_BARRIER ||
+            frame.type == MF_FRAME_DISCARD);
     if (frame.type == MF_FRAME_BARRIER) {
         require(frame.pages == 0 && frame.length_bytes == 0);
         return;
@@ -58,7 +59,7 @@ static void try_header(const uint8_t *header, const struct mf_frame_region *regi
         require(bytes <= MF_FRAME_DATA_MAX_BYTES || frame.pages == 1);
     } else {
         require(frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_CURRENT ||
-                frame.type == MF_FRAME_REQUEST);
+                frame.type == MF_FRAME_REQUEST || frame.type == MF_FRAME_DISCARD);
         require(frame.length_bytes == 0);
     }
 }

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lib/page_state.h"
@@ -17,11 +18,13 @@ void model_hook(void);
 ssize_t model_pwrite(int fd, const void *from, size_t length_bytes, off_t offset_bytes);
 ssize_t model_pread(int fd, void *to, size_t length_bytes, off_t offset_bytes);
 off_t model_lseek(int fd, off_t offset_bytes, int whence);
+int model_nanosleep(const struct timespec *time, struct timespec *left);
 void *model_memcpy(void *to, const void *from, size_t length_bytes);
 
 #define pwrite model_pwrite
 #define lseek model_lseek
 #define memcpy model_memcpy
+#define nanosleep model_nanosleep
 #define AFTER_HOOK(call)                                                                           \
     ({                                                                                             \
         model_hook();                                                                              \
@@ -38,6 +41,8 @@ void *model_memcpy(void *to, const void *from, size_t length_bytes);
 #define mf_page_land_unconfirmed(...) AFTER_HOOK(mf_page_land_unconfirmed(__VA_ARGS__))
 #define mf_page_mark_sent(...) AFTER_HOOK(mf_page_mark_sent(__VA_ARGS__))
 #define mf_page_set_copied(...) AFTER_HOOK(mf_page_set_copied(__VA_ARGS__))
+#define mf_page_mark(...) AFTER_HOOK(mf_page_mark(__VA_ARGS__))
+#define mf_page_unmark(...) AFTER_HOOK(mf_page_unmark(__VA_ARGS__))
 #define mf_page_run_of(...) AFTER_HOOK(mf_page_run_of(__VA_ARGS__))
 #define mf_page_confirm_empty(...) AFTER_HOOK(mf_page_confirm_empty(__VA_ARGS__))
 #define mf_page_discard_finish(...) AFTER_HOOK(mf_page_discard_finish(__VA_ARGS__))

@@ -281,9 +281,10 @@ static void frame_refuses_other_types_and_ways(void **state)
         assert_int_equal(check_way(&f, false), type == MF_FRAME_REQUEST ? 0 : -EPROTO);
         for (unsigned flags = 1; flags < 256; flags++) {
             f.flags = (uint8_t)flags;
-            /* What a precopy round brings lands unconfirmed: data, zeros and the barrier, never
-             * CURRENT. */
-            bool round = type == MF_FRAME_DATA || type == MF_FRAME_ZERO || type == MF_FRAME_BARRIER;
+            /* What a precopy round brings lands unconfirmed: data, zeros, discards, which there are
+             * nowhere else, and the barrier; never CURRENT. */
+            bool round = type == MF_FRAME_DATA || type == MF_FRAME_ZERO ||
+                         type == MF_FRAME_BARRIER || type == MF_FRAME_DISCARD;
             bool known =
                 (round && flags == MF_FRAME_FLAG_ROUND) ||
                 (type == MF_FRAME_ZERO && !(flags & ~(MF_FRAME_FLAG_HOLE | MF_FRAME_FLAG_ROUND)));

@@ -15,6 +15,9 @@
  * /proc/PID/mem, the destination's is where pages wait to be confirmed, and each of the places
  * where the destination maps them (a parent and the child it forked) has pages of its own.
  *
+ * In some runs the source's guest moves, unmaps and maps its memory in between, and has children
+ * that write to it without being seen. What that means is decided by the mover's own changes.c.
+ *
  * A failure prints its seed; MF_SEED=that MF_RUNS=1 repeats it. Runs: MF_RUNS, else 3000.
  */
 #include <errno.h>
@@ -29,12 +32,16 @@
 #include <unistd.h>
 
 #include "daemon/mover/destination/destination.h"
+#include "daemon/mover/source/changes.h"
 #include "daemon/mover/source/sender.h"
 #include "lib/pagemap.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "tests/unit/precopy_hooks.h"
 #undef pwrite
+#undef nanosleep
+#undef mf_page_mark
+#undef mf_page_unmark
 #undef lseek
 #undef memcpy
 #undef pread
@@ -58,7 +65,8 @@
 #define HUGE_BYTES SENDER_BATCH_BYTES /* the least of which a frame carries one */
 #define FILE_BYTES (HUGE_MOST * HUGE_BYTES)
 #define MOST SMALL_MOST
-#define MAPS 2u /* each region is mapped twice at the destination, once or twice at the source */
+#define MAPS 2u  /* each region is mapped twice at the destination, once or twice at the source */
+#define SPOTS 3u /* where mappings can lie: at the destination, mapping m at spot m */
 #define CHUNK 16u
 #define STREAMS_MOST 3u
 #define URGENT STREAMS_MOST /* the connection behind the bulk ones */
@@ -103,6 +111,23 @@ static struct {
     unsigned map;
 } fault[REGIONS * MAPS * MOST];
 static unsigned fault_count;
+
+/* At the source. */
+static unsigned spot[REGIONS][MAPS];   /* of a mapping that is there */
+static bool is_there[REGIONS][MAPS];   /* it is mapped, … */
+static bool is_watched[REGIONS][MAPS]; /* … and registered */
+static struct {
+    enum {
+        NOTHING,
+        MOVED,
+        UNMAPPED
+    } what; /* what the tracker has not read yet; who did it waits */
+    uint32_t region;
+    unsigned from, to; /* spots */
+} unread;
+static bool has_child, child_known, may_move, may_have_child;
+static struct changes changes;
+static uint32_t doubts; /* when the round began */
 
 static bool private_kind; /* region 0 is private memory */
 static unsigned places;   /* where it is mapped at the destination: 2 after a fork */
@@ -157,19 +182,19 @@ static void must(bool condition, const char *what, uint32_t region, uint64_t pag
         fail(what, region, page);
 }
 
-/* ---- addresses: a region's mapping m begins at (region * MAPS + m + 1) << 32 ---- */
+/* ---- addresses: a region's spot m begins at (region * SPOTS + m + 1) << 32 ---- */
 
 static uint64_t address(uint32_t region, unsigned map)
 {
-    return (uint64_t)(region * MAPS + map + 1) << 32;
+    return (uint64_t)(region * SPOTS + map + 1) << 32;
 }
 
 static unsigned decode(uint64_t addr, uint32_t *region, uint64_t *page)
 {
     unsigned index = (unsigned)(addr >> 32) - 1;
-    *region = index / MAPS;
+    *region = index / SPOTS;
     *page = (addr & UINT32_MAX) / source.region[*region].page_bytes;
-    return index % MAPS;
+    return index % SPOTS;
 }
 
 /* ---- what the mover's code calls ---- */
@@ -293,6 +318,21 @@ void mover_fatal(const char *fmt, ...)
     fail(fmt, 0, 0);
 }
 
+/* Which of the source's mappings lies there, MAPS: none.  */
+static unsigned mapping_at(uint32_t region, unsigned at)
+{
+    for (unsigned m = 0; m < MAPS; m++)
+        if (is_there[region][m] && spot[region][m] == at)
+            return m;
+    return MAPS;
+}
+
+int mf_uffd_event_pending(int uffd)
+{
+    (void)uffd;
+    return unread.what != NOTHING;
+}
+
 int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
                     uint8_t *out)
 {
@@ -303,8 +343,14 @@ int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, 
         return -ESRCH;
     for (uint64_t i = 0; i < length_bytes / page_bytes; i++) {
         model_hook();
-        out[i] = (uint8_t)((written[region][map][first + i] ? MF_PAGEMAP_WRITTEN : 0) |
-                           (present[region][map][first + i] ? MF_PAGEMAP_PRESENT : 0));
+        const unsigned m = mapping_at(region, map);
+        out[i] = MF_PAGEMAP_WRITTEN;
+        if (m == MAPS)
+            continue;
+        if (!is_watched[region][m])
+            return -EPERM;
+        out[i] = (uint8_t)((written[region][m][first + i] ? MF_PAGEMAP_WRITTEN : 0) |
+                           (present[region][m][first + i] ? MF_PAGEMAP_PRESENT : 0));
     }
     return 0;
 }
@@ -336,9 +382,14 @@ int mf_pagemap_protect(int pagemap_fd, uint64_t start_addr, uint64_t length_byte
         if (protect_fails && below(40) == 0)
             return -EIO; /* pages before this one are protected */
         out[i] = 0;
-        if (!written[region][map][first + i] || !present[region][map][first + i])
+        const unsigned m = mapping_at(region, map);
+        if (m == MAPS)
             continue;
-        written[region][map][first + i] = false;
+        if (!is_watched[region][m])
+            return -EPERM;
+        if (!written[region][m][first + i] || !present[region][m][first + i])
+            continue;
+        written[region][m][first + i] = false;
         out[i] = MF_PAGEMAP_WRITTEN | MF_PAGEMAP_PRESENT;
     }
     return 0;
@@ -352,9 +403,13 @@ int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
     (void)uffd;
     for (uint64_t i = 0; i < length_bytes / source.region[region].page_bytes; i++) {
         model_hook();
+        if (unread.what != NOTHING)
+            return -EAGAIN;
+        const unsigned m = mapping_at(region, map);
+        must(m < MAPS, "protected what is not there", region, first + i);
         if (protect_fails && below(10) == 0)
             return -ENOENT; /* pages before this one are protected */
-        written[region][map][first + i] = false;
+        written[region][m][first + i] = false;
     }
     return 0;
 }
@@ -503,6 +558,140 @@ static void punch_file(const struct mf_region *r, uint64_t page)
         fail("cannot punch", 0, page);
 }
 
+static void fresh_mapping(uint32_t region, unsigned map)
+{
+    for (uint64_t p = 0; p < MOST; p++) {
+        written[region][map][p] = true; /* never protected */
+        present[region][map][p] = false;
+    }
+}
+
+/* A thread that changes the layout, and waits until that was read. */
+static void change_layout(void)
+{
+    const uint32_t region = source.region[1].pages && below(3) == 0;
+    const unsigned map = below(MAPS);
+    if (is_private(region) || unread.what != NOTHING)
+        return;
+    unsigned to = below(SPOTS);
+    if (!is_there[region][map]) {
+        if (mapping_at(region, to) < MAPS)
+            return;
+        TRACE("  maps %u anew at %u\n", region, to);
+        is_there[region][map] = true;
+        is_watched[region][map] = false;
+        spot[region][map] = to;
+        fresh_mapping(region, map);
+        return;
+    }
+    const unsigned from = spot[region][map];
+    /* What is not watched is not told. */
+    if (below(3)) {
+        if (mapping_at(region, to) < MAPS)
+            return;
+        TRACE("  moves %u from %u to %u\n", region, from, to);
+        if (is_watched[region][map]) {
+            unread.what = MOVED;
+            unread.region = region;
+            unread.from = from;
+            unread.to = to;
+        }
+        spot[region][map] = to;
+        return;
+    }
+    if (!is_watched[region][map])
+        return; /* it came and went unseen: see doc/kernel.md */
+    TRACE("  unmaps %u at %u\n", region, from);
+    is_there[region][map] = false;
+    unread.what = UNMAPPED;
+    unread.region = region;
+    unread.from = from;
+}
+
+/* The child exists as soon as its parent's event was read. */
+static void have_child(void)
+{
+    if (has_child && below(4) == 0) {
+        TRACE("  the child ends\n");
+        has_child = false;
+    } else if (!has_child && !child_known && below(4) == 0) {
+        TRACE("  forks\n");
+        has_child = child_known = true;
+        mf_copies_writer(source.copies, true, MF_DOUBT_FORK);
+    }
+}
+
+static bool inside_at_source(void);
+
+static bool known_still(void *arg, const struct mf_mapping *part)
+{
+    uint32_t region;
+    uint64_t page;
+    (void)arg;
+    const unsigned at = decode(part->start_addr, &region, &page);
+    return mapping_at(region, at) < MAPS;
+}
+
+/* lib/events.c's learning. */
+static void learn_mapping(uint32_t region, unsigned at)
+{
+    struct mf_range dropped[2];
+    const unsigned m = mapping_at(region, at);
+    if (m == MAPS || is_private(region) || source.region[region].pages == 0)
+        return;
+    is_watched[region][m] = true;
+    must(mf_layout_learn(&source.layout,
+                         &(struct mf_mapping){.start_addr = address(region, at),
+                                              .length_bytes = source.region[region].size_bytes,
+                                              .region = region},
+                         dropped) == 0,
+         "no room", region, 0);
+}
+
+/* As tracker.c: one event, while nobody is inside the gate. */
+static void tracker_step(void)
+{
+    struct mf_range dropped[1];
+    if (child_known && !has_child && below(3) == 0) {
+        child_known = false;
+        mf_copies_writer(source.copies, false, MF_DOUBT_FORK);
+    }
+    if (unread.what == NOTHING || inside_at_source())
+        return;
+    const uint64_t bytes = source.region[unread.region].size_bytes;
+    const uint64_t from = address(unread.region, unread.from);
+    TRACE("  tracker reads %u of %u\n", unread.what, unread.region);
+    depth++; /* it may be interrupted, but not by itself */
+    if (unread.what == MOVED) {
+        learn_mapping(unread.region, unread.to);
+        changes_moved(&changes, from, address(unread.region, unread.to), bytes);
+        unread.what = UNMAPPED; /* of the old place */
+    } else {
+        changes_unmapped(&changes, from, from + bytes);
+        mf_layout_unmap(&source.layout, 0, from, from + bytes, dropped);
+        unread.what = NOTHING;
+    }
+    depth--;
+}
+
+/* As tracker_look(): a round begins, or the guest is paused. */
+static void tracker_looks(void)
+{
+    while (unread.what != NOTHING)
+        tracker_step();
+    for (uint32_t region = 0; region < REGIONS; region++)
+        for (unsigned at = 0; at < SPOTS; at++)
+            learn_mapping(region, at);
+}
+
+int model_nanosleep(const struct timespec *time, struct timespec *left)
+{
+    (void)time;
+    (void)left;
+    tracker_step();
+    return 0;
+}
+
 static void guest_at_source(void)
 {
     uint32_t region;
@@ -510,7 +699,20 @@ static void guest_at_source(void)
     any_page(&region, &page);
     const struct mf_region *r = &source.region[region];
     uint8_t *at = guest_memory[region] + page * r->page_bytes;
-    const unsigned map = is_private(region) ? 0 : below(source_maps);
+    if (may_move && below(16) == 0)
+        change_layout();
+    if (may_have_child && below(16) == 0)
+        have_child();
+    unsigned map = is_private(region) ? 0 : below(MAPS);
+    if (!is_there[region][map])
+        map = !is_private(region) && is_there[region][1 - map] ? 1 - map : MAPS;
+    if (has_child && !is_private(region) && below(4) == 0) {
+        TRACE("  the child writes %u:%llu\n", region, (unsigned long long)page);
+        scribble(at, r->page_bytes);
+        return;
+    }
+    if (map == MAPS)
+        return;
     switch (below(8)) {
     case 0: /* a balloon, or free page reporting */
         for (uint64_t n = 1 + below(3); n > 0 && page < r->pages; n--, page++) {
@@ -680,7 +882,7 @@ static void land(unsigned connection)
     } else if (frame.type == MF_FRAME_DATA) {
         if (mf_land_data(&lander, &frame, payload) < 0)
             broken = true;
-    } else if (frame.type == MF_FRAME_ZERO) {
+    } else if (frame.type == MF_FRAME_ZERO || frame.type == MF_FRAME_DISCARD) {
         mf_land_zero(&lander, &frame);
     } else {
         mf_land_current(&lander, &frame);
@@ -820,6 +1022,18 @@ static void fault_thread(void)
 
 /* ---- threads of the source's mover ---- */
 
+static struct mf_gate_lane *source_lanes[STREAMS_MOST];
+
+static bool inside_at_source(void)
+{
+    for (unsigned i = 0; i < STREAMS_MOST; i++) {
+        if (pthread_mutex_trylock(&source_lanes[i]->lock) != 0)
+            return true;
+        pthread_mutex_unlock(&source_lanes[i]->lock);
+    }
+    return false;
+}
+
 /* The first time along the row after precopy. Return: was there anything left to do? */
 static bool look_step(struct sender *s)
 {
@@ -883,6 +1097,11 @@ static void sweep_step(unsigned stream)
         }
     }
     barrier_out[stream] = true;
+    bool all_through = round && !cut;
+    for (unsigned i = 0; i < streams; i++)
+        all_through = all_through && barrier_out[i];
+    if (all_through)
+        mf_copies_settle(source.copies, doubts);
     sender_barrier(s, round ? round_number : (uint32_t)pass);
     sender_flush(s);
 }
@@ -906,7 +1125,8 @@ static void answer_step(void)
 
 static void step(unsigned actor)
 {
-    if (busy[actor])
+    /* Inside the gate nobody waits for others, who here would have to come in between. */
+    if (busy[actor] || (actor < SOURCE_URGENT && inside_at_source()))
         return;
     busy[actor] = true;
     if (actor < SOURCE_URGENT)
@@ -922,8 +1142,11 @@ static void step(unsigned actor)
 
 static void guest_step(void)
 {
-    if (phase == ROUNDS)
+    if (phase == ROUNDS) {
         guest_at_source();
+        if (below(2))
+            tracker_step();
+    }
     if (phase >= FROZEN || below(20) == 0)
         guest_at_destination();
 }
@@ -971,6 +1194,8 @@ static void make_senders(void)
     for (unsigned i = 0; i <= STREAMS_MOST; i++) {
         memset(sender[i], 0xa5, sizeof(*sender[i])); /* as malloc may give it */
         sender_init(sender[i], &source, NULL, (int)i);
+        if (i < STREAMS_MOST)
+            sender[i]->lane = source_lanes[i];
     }
 }
 
@@ -1029,6 +1254,8 @@ static void lose_link(bool source_died, bool dest_died)
 
 static void freeze(void)
 {
+    has_child = false; /* or the program would not be migrated */
+    tracker_looks();
     phase = FROZEN;
     TRACE("frozen\n");
     for (uint32_t r = 0; r < REGIONS; r++)
@@ -1063,6 +1290,8 @@ static void direct(void)
             }
             round_number++;
             TRACE("round %u\n", round_number);
+            tracker_looks();
+            doubts = mf_copies_round(source.copies);
             begin_pass();
         } else if (may_switch && below(200) == 0) {
             cut = true;
@@ -1149,6 +1378,18 @@ static void set_up_region(uint32_t index, uint64_t pages)
 static void set_up(void)
 {
     struct mf_mapping mappings[REGIONS * MAPS];
+    memset(&source.gate, 0, sizeof(source.gate));
+    must(mf_gate_init(&source.gate) == 0, "no gate", 0, 0);
+    for (unsigned i = 0; i < STREAMS_MOST; i++)
+        source_lanes[i] = mf_gate_join(&source.gate);
+    memset(&changes, 0, sizeof(changes));
+    changes.mover = &source;
+    changes.has_files = true;
+    changes.is_still_there = known_still;
+    memset(&source_file.copies, 0, sizeof(source_file.copies));
+    source.layout_moves = source.protect_raced = false;
+    memset(&unread, 0, sizeof(unread));
+    has_child = child_known = false;
     random_state = seed;
     depth = 0;
     crash_armed = false;
@@ -1166,6 +1407,8 @@ static void set_up(void)
     guest_runs_there = broken = cut = source_vm_gone = false;
     source_file.looked = 0;
     source_maps = 1 + below(MAPS);
+    may_move = below(3) == 0;
+    may_have_child = below(6) == 0;
     pass = 0;
     phase = ROUNDS;
     for (unsigned i = 0; i <= STREAMS_MOST; i++)
@@ -1197,6 +1440,11 @@ static void set_up(void)
     if (private_kind)
         mappings[REGIONS] = mappings[REGIONS + 1];
     mf_layout_set(&source.layout, mappings, source_maps == 1 ? REGIONS : all_maps);
+    for (uint32_t r = 0; r < REGIONS; r++)
+        for (unsigned m = 0; m < MAPS; m++) {
+            spot[r][m] = m;
+            is_there[r][m] = is_watched[r][m] = m < source_maps && (m == 0 || !is_private(r));
+        }
     mf_layout_set(&dest.layout, mappings, all_maps);
     atomic_store(&dest_figures.missing_pages, dest.region[0].pages + dest.region[1].pages);
     streams = 1 + below(STREAMS_MOST);
@@ -1286,6 +1534,7 @@ int main(void)
     dest.role = MF_DESTINATION;
     source.figures = &source_figures;
     source.view.file = &source_file;
+    source.copies = &source_file.copies;
     dest.figures = &dest_figures;
     source.region_count = dest.region_count = REGIONS;
     /* The descriptors are never used: the calls that take them are modelled. */

@@ -118,6 +118,7 @@ static int one_frame(struct bulk *b)
             return account_failed(b->mover, r);
         break;
     case MF_FRAME_ZERO:
+    case MF_FRAME_DISCARD: /* zeros, unconfirmed: what a round brought is punched out */
         mf_land_zero(&b->lander, &frame);
         break;
     case MF_FRAME_CURRENT:

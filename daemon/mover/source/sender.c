@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lib/pagemap.h"
@@ -12,6 +13,8 @@
 
 #define NOT_SEEN 0xffu  /**< in `seen`: no mapping covers it */
 #define PROTECTED 0x80u /**< in `seen`: written, and write-protected by now */
+#define REMOVED 0x40u   /**< in `seen`: discarded by the target; a hole, as a rule */
+#define AGAIN_NS 20000
 #define SCATTERED_RUNS                                                                             \
     6u /**< of written pages in a chunk: as of here they are protected together */
 
@@ -24,6 +27,7 @@ void sender_init(struct sender *sender, struct mover *mover, struct io_uring *ri
     sender->mover = mover;
     sender->ring = ring;
     sender->fd = fd;
+    sender->lane = NULL;
     sender->round = sender->paced = false;
     sender->frames = sender->iovecs = 0;
     sender->batch_bytes = sender->room_used = 0;
@@ -146,10 +150,25 @@ static bool reads_as_zeros(struct sender *s, const struct mf_region *r, uint64_t
     return true;
 }
 
+/* What the tracker has marked: may have been written through a mapping that is gone; discarded. */
+static void look_at_marks(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    for (uint64_t i = 0; i < pages; i++) {
+        const uint8_t byte = mf_page_load(states, first + i);
+        s->seen[i] |= (uint8_t)((byte & MF_PAGE_STALE ? MF_PAGEMAP_WRITTEN : 0) |
+                                (byte & MF_PAGE_REMOVED ? REMOVED : 0));
+    }
+}
+
 /*
  * Which of [first, first + pages) were written since they were last protected, in any mapping.
- * Where that can't be said (the VM is gone, a mapping is not watched any more) all count as
- * written.
+ * Where that can't be said (the VM is gone, a mapping is not watched any more, somebody may have
+ * written unseen) all count as written.
+ *
+ * Not inside the gate: while the guest runs, what is looked up may be somewhere else by the time it
+ * is scanned. Then the answer is about other pages, or that all are written; and while the guest
+ * runs nothing is decided by it but what a round copies. When it decides, nothing moves any more.
  */
 static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
 {
@@ -162,7 +181,9 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
                                       pages * page_bytes, ranges, 16);
     /* The successor of a mover may have no VM to look at any more, and yet copies to answer for. */
-    int r = mover->pagemap_fd < 0 ? -EBADF : found > 16 ? -E2BIG : 0;
+    int r = mover->pagemap_fd < 0 || !mf_copies_good(mover->copies) ? -EBADF
+            : found > 16                                            ? -E2BIG
+                                                                    : 0;
     for (unsigned i = 0; r == 0 && i < found; i++) {
         const uint64_t at = ranges[i].offset_bytes / page_bytes - first;
         const uint64_t count = ranges[i].length_bytes / page_bytes;
@@ -175,12 +196,13 @@ static void look_for_writes(struct sender *s, uint32_t region, uint64_t first, u
     }
     /* Since then RAM is frozen, and what was found written is not called a copy any more. */
     const bool settled = atomic_load_explicit(&mover->view.file->looked, memory_order_acquire);
-    for (uint64_t page = 0; page < pages; page++) {
+    for (uint64_t page = 0; page < pages; page++)
         if (r < 0 || s->seen[page] == NOT_SEEN)
             s->seen[page] = MF_PAGEMAP_WRITTEN;
-        if (settled)
-            s->seen[page] &= (uint8_t)~MF_PAGEMAP_WRITTEN;
-    }
+    if (atomic_load_explicit(&mover->copies->marks, memory_order_acquire))
+        look_at_marks(s, region, first, pages);
+    for (uint64_t page = 0; settled && page < pages; page++)
+        s->seen[page] &= (uint8_t)~MF_PAGEMAP_WRITTEN;
 }
 
 /*
@@ -375,23 +397,42 @@ int sender_confirm(struct sender *s, uint32_t region, uint64_t first, uint64_t p
 
 /* ---- precopy rounds ---- */
 
+/*
+ * In every mapping that is known; one that is not has pages that count as written when it is. What
+ * lies at an address may change: to protect another page than the one that is copied would lose
+ * what was written to it. So it is looked up and named to the kernel inside the gate; the kernel
+ * refuses (EAGAIN) as long as a change has not been read.
+ */
 static int protect(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
 {
     const struct mover *mover = s->mover;
     const uint64_t page_bytes = mover->region[region].page_bytes;
     struct mf_range ranges[16];
-    unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
-                                      pages * page_bytes, ranges, 16);
-    int r = found > 16 ? -E2BIG : 0;
-    for (unsigned i = 0; r == 0 && i < found; i++)
-        r = mf_uffd_protect(mf_context_uffd(&mover->contexts, ranges[i].context),
-                            ranges[i].start_addr, ranges[i].length_bytes);
-    return r;
+    for (;;) {
+        mf_gate_enter(s->lane);
+        unsigned found = mf_layout_ranges(&mover->layout, region, first * page_bytes,
+                                          pages * page_bytes, ranges, 16);
+        int r = found > 16 ? -E2BIG : 0;
+        for (unsigned i = 0; r == 0 && i < found; i++)
+            r = mf_uffd_protect(mf_context_uffd(&mover->contexts, ranges[i].context),
+                                ranges[i].start_addr, ranges[i].length_bytes);
+        mf_gate_exit(s->lane);
+        if (r != -EAGAIN || atomic_load_explicit(&mover->link.stop, memory_order_relaxed))
+            return r;
+        nanosleep(&(struct timespec){.tv_nsec = AGAIN_NS}, NULL);
+    }
 }
 
-/* What the destination holds of these pages is not what they are: it shall have zeros there. */
-static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t pages,
-                     uint8_t copied_now)
+/*
+ * What the destination holds of these pages is not what they are: it shall have zeros there.
+ * @type: ZERO, or DISCARD for holes.
+ *
+ * It keeps its place among a page's DATA (I7): in a round only the one thread that took the page's
+ * chunk sends anything of it, on its own connection; the rounds before have landed; and behind a
+ * hole in this round nothing can follow but another round, or the answers after RELEASE.
+ */
+static int take_back(struct sender *s, enum mf_frame_type type, uint32_t region, uint64_t first,
+                     uint64_t pages, uint8_t copied_now)
 {
     const struct mf_pages *states = &s->mover->view.pages[region];
     const uint64_t end = first + pages;
@@ -399,7 +440,7 @@ static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t
         uint8_t copied = 0;
         uint64_t run = mf_page_run_of(states, MF_PAGE_COPIED, page, end, &copied);
         if (copied) {
-            int r = put_run(s, MF_FRAME_ZERO, MF_FRAME_FLAG_ROUND, region, page, run);
+            int r = put_run(s, type, MF_FRAME_FLAG_ROUND, region, page, run);
             if (r < 0)
                 return r;
         }
@@ -418,7 +459,7 @@ static int take_back(struct sender *s, uint32_t region, uint64_t first, uint64_t
  */
 static void protect_scattered(struct sender *s, uint32_t region, uint64_t pages)
 {
-    const struct mover *mover = s->mover;
+    struct mover *mover = s->mover;
     const uint64_t page_bytes = mover->region[region].page_bytes;
     unsigned runs = 0;
     for (uint64_t i = 0; i < pages; i++)
@@ -426,13 +467,24 @@ static void protect_scattered(struct sender *s, uint32_t region, uint64_t pages)
     if (runs < SCATTERED_RUNS)
         return;
     struct mf_range range;
+    /* This call, unlike the other one, protects whatever lies there, also while a change is unread.
+     * So it is not for memory that moves; and should the first move come just now, the tracker,
+     * which reads it behind this, puts all copies in doubt. */
+    if (atomic_load_explicit(&mover->layout_moves, memory_order_relaxed))
+        return;
+    mf_gate_enter(s->lane);
     /* With several mappings each would have to be protected by the same call; that is rare. */
     if (mf_layout_ranges(&mover->layout, region, s->seen_first * page_bytes, pages * page_bytes,
-                         &range, 1) != 1)
+                         &range, 1) != 1) {
+        mf_gate_exit(s->lane);
         return;
+    }
     const uint64_t at = range.offset_bytes / page_bytes - s->seen_first;
     int r = mf_pagemap_protect(mover->pagemap_fd, range.start_addr, range.length_bytes, page_bytes,
                                s->seen_once);
+    if (mf_uffd_event_pending(mf_context_uffd(&mover->contexts, range.context)) > 0)
+        atomic_store(&mover->protect_raced, true);
+    mf_gate_exit(s->lane);
     for (uint64_t i = 0; i < range.length_bytes / page_bytes; i++) {
         if (r < 0)
             s->seen[at + i] |= MF_PAGEMAP_WRITTEN;
@@ -450,14 +502,14 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
     const struct mf_region *r = &s->mover->region[region];
     const struct mf_pages *states = &s->mover->view.pages[region];
     if (!is_protected && protect(s, region, first, end - first) < 0)
-        return take_back(s, region, first, end - first,
+        return take_back(s, MF_FRAME_ZERO, region, first, end - first,
                          0); /* can't be followed: sent after RELEASE */
     if (r->kind == MF_MEMORY_PRIVATE) {
         int error = 0, result = private_fetch(s, region, first, end, &error);
         if (result < 0)
             return result;
         if (error < 0) /* unmapped meanwhile, or it can't be read: that is for later */
-            return take_back(s, region, first, end - first, 0);
+            return take_back(s, MF_FRAME_ZERO, region, first, end - first, 0);
     }
     populate(r, first, end);
     count(&s->mover->figures->round_pages, end - first);
@@ -467,7 +519,7 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
         while (page < end && reads_as_zeros(s, r, page))
             page++;
         if (page > run) {
-            result = take_back(s, region, run, page - run, MF_PAGE_COPIED_ZERO);
+            result = take_back(s, MF_FRAME_ZERO, region, run, page - run, MF_PAGE_COPIED_ZERO);
         } else {
             do
                 mf_page_set_copied(states, page++, MF_PAGE_COPIED);
@@ -481,6 +533,22 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
     return 0;
 }
 
+/*
+ * What was marked until it was looked at, a moment ago, is taken care of now: it is copied, or
+ * found to be a hole. Before anything is protected: a mapping that goes from now on marks its pages
+ * once more, and whatever was written through one that had gone before is in the copy.
+ */
+static void unmark(struct sender *s, uint32_t region, uint64_t first, uint64_t pages)
+{
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    if (!atomic_load_explicit(&s->mover->copies->marks, memory_order_acquire))
+        return;
+    for (uint64_t i = 0; i < pages; i++)
+        mf_page_unmark(states, first + i, 1,
+                       (uint8_t)((s->seen[i] & MF_PAGEMAP_WRITTEN ? MF_PAGE_STALE : 0) |
+                                 (s->seen[i] & REMOVED ? MF_PAGE_REMOVED : 0)));
+}
+
 int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pages, bool all)
 {
     const struct mf_region *r = &s->mover->region[region];
@@ -490,10 +558,11 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
     for (uint64_t i = 0; i < pages; i++) {
         if (all)
             s->seen[i] |= MF_PAGEMAP_WRITTEN;
-        any = any || (s->seen[i] & MF_PAGEMAP_WRITTEN);
+        any = any || (s->seen[i] & (MF_PAGEMAP_WRITTEN | REMOVED));
     }
     if (!any)
         return 0;
+    unmark(s, region, first, pages);
     if (r->kind == MF_MEMORY_PRIVATE) {
         int result = private_look(s, region, first, pages);
         if (result < 0)
@@ -506,7 +575,7 @@ int sender_round(struct sender *s, uint32_t region, uint64_t first, uint64_t pag
         uint64_t until = end;
         int result = next_extent(s, r, page, end, &data, &until);
         if (result == 0 && !data)
-            result = take_back(s, region, page, until - page, 0);
+            result = take_back(s, MF_FRAME_DISCARD, region, page, until - page, 0);
         for (uint64_t at = page; result == 0 && data && at < until;) {
             uint64_t run = at;
             const uint8_t is_protected = s->seen[at - first] & PROTECTED;

@@ -28,8 +28,9 @@ struct sender {
     struct mover *mover;
     struct io_uring *ring;
     int fd;
-    bool round; /**< in a precopy round: frames land unconfirmed */
-    bool paced; /**< keeps to the bandwidth limit */
+    struct mf_gate_lane *lane; /**< NULL: of a thread that protects nothing */
+    bool round;                /**< in a precopy round: frames land unconfirmed */
+    bool paced;                /**< keeps to the bandwidth limit */
     unsigned frames;
     unsigned iovecs;
     uint64_t batch_bytes;

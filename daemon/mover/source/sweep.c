@@ -16,6 +16,7 @@
 #include "daemon/mover/ring.h"
 #include "daemon/mover/schedule.h"
 #include "daemon/mover/source/sender.h"
+#include "daemon/mover/source/tracker.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -97,20 +98,11 @@ void sweep_next_pass(struct mover *mover)
     pthread_mutex_unlock(&sweep->lock);
 }
 
-void sweep_unwatched(struct mover *mover, const struct mf_mapping *mapping)
-{
-    if (mapping->region >= mover->region_count)
-        return;
-    const struct mf_region *region = &mover->region[mapping->region];
-    uint64_t first = mapping->offset_bytes / region->page_bytes;
-    uint64_t end = first + mapping->length_bytes / region->page_bytes;
-    for (uint64_t page = first; page < end && page < region->pages; page++)
-        mf_page_set_copied(&mover->view.pages[mapping->region], page, 0);
-}
-
 void sweep_frozen(struct mover *mover)
 {
     struct sweep *sweep = &mover->sweep;
+    /* Before anybody looks for writes: all changes of the layout until now are known. */
+    tracker_look(mover);
     pthread_mutex_lock(&sweep->lock);
     sweep->frozen = true;
     pthread_cond_broadcast(&sweep->changed);
@@ -143,9 +135,11 @@ void sweep_round(struct mover *mover)
     uint64_t pages = 0;
     for (unsigned i = 0; i < mover->region_count; i++)
         pages += mover->region[i].pages;
+    tracker_look(mover);
     atomic_store(&mover->figures->round_pages, 0);
     atomic_store(&mover->figures->round_left_pages, pages);
     pthread_mutex_lock(&sweep->lock);
+    sweep->doubts = mf_copies_round(mover->copies);
     sweep->round++;
     sweep->in_round = true;
     sweep->finished = 0;
@@ -321,16 +315,19 @@ static int go_along(struct sender *sender, enum along along, bool all)
 }
 
 /*
- * The last thread that is through looks at how much is dirty by now: what another round would have
- * to copy. It costs a round little (a page table's worth of pages a microsecond or two where few
- * are dirty), and of very much RAM only a part is looked at.
+ * The last thread that is through settles doubts (lib/copies.h), if no chunk was left out. Then it
+ * looks at how much is dirty by now: what another round would have to copy. That costs a round
+ * little (a page table's worth of pages a microsecond or two where few are dirty), and of very much
+ * RAM only a part is looked at.
  */
-static void count_dirty(struct sender *sender)
+static void end_round(struct sender *sender, uint32_t doubts)
 {
     struct mover *mover = sender->mover;
     struct sweep *sweep = &mover->sweep;
     if (atomic_fetch_add(&sweep->through, 1) + 1 < mover->link.streams)
         return;
+    if (!atomic_load(&sweep->cut))
+        mf_copies_settle(mover->copies, doubts);
     const uint64_t step = sweep->chunk_count / LOOKED_AT_CHUNKS + 1;
     uint64_t dirty_pages = 0;
     for (uint64_t chunk = 0; chunk < sweep->chunk_count; chunk += step) {
@@ -347,13 +344,13 @@ static int one_pass(struct sender *sender, uint32_t pass)
     struct sweep *sweep = &mover->sweep;
     /* Stays as it is for the whole pass: it changes only when all threads are through. */
     pthread_mutex_lock(&sweep->lock);
-    const uint32_t round = sweep->in_round ? sweep->round : 0;
+    const uint32_t round = sweep->in_round ? sweep->round : 0, doubts = sweep->doubts;
     pthread_mutex_unlock(&sweep->lock);
     sender->round = round != 0;
     int r = 0;
     if (round) {
         r = go_along(sender, ALONG_ROUND, round == 1);
-        count_dirty(sender);
+        end_round(sender, doubts);
     } else {
         if (mover->pagemap_fd >= 0 && !atomic_load(&mover->view.file->looked))
             r = go_along(sender, ALONG_COPIES, false);
@@ -386,12 +383,16 @@ void *source_bulk_main(void *argument)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     sender_init(sender, mover, &ring, bulk->fd);
     sender->paced = true;
+    sender->lane = mf_gate_join(&mover->gate);
+    if (!sender->lane)
+        mover_fatal("there are more bulk connections than the gate has lanes");
     uint32_t pass = 0;
     while (r == 0 && (pass = wait_for_pass(mover, pass)) != 0)
         r = one_pass(sender, pass);
     if (r < 0 && !atomic_load(&mover->link.stop))
         link_fail(mover, "bulk connection %u to the destination broke: %s", bulk->stream,
                   strerror(-r));
+    mf_gate_leave(sender->lane);
     free(sender);
     ring_close(&ring);
     return NULL;
