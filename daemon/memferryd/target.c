@@ -430,7 +430,7 @@ void target_stop_watching(struct session *session)
         if (!session->target_exited)
             unregister(session);
         stop_watching_private(session);
-        if (session->role == MF_DESTINATION && !session->target_exited)
+        if (session->remote_uffd >= 0 && !session->target_exited)
             linger(session->daemon, session->uffd);
         else
             close(session->uffd);
