@@ -16,6 +16,7 @@
 
 #include "lib/uffd.h"
 #include "lib/util.h"
+#include "lib/vma.h"
 
 #define PARKED_RETRY_NS UINT64_C(5000000)
 #define CHILDREN_NS UINT64_C(100000000) /**< how often it is looked which have ended */
@@ -23,7 +24,7 @@
 
 /* ---- errors ---- */
 
-static _Thread_local char why[768];
+static _Thread_local char why[sizeof(((struct server_job *)0)->why)];
 
 const char *memferry_why(void)
 {
@@ -73,6 +74,15 @@ static void ask(struct memferry_server *s, uint32_t region, uint64_t page)
     if (s->options.around_pages > 1) {
         uint64_t end = page + s->options.around_pages;
         uint8_t state;
+        struct mf_range range;
+        uint32_t cursor = 0;
+        /* What of private memory nobody maps would get lost. */
+        if (r->kind == MF_MEMORY_PRIVATE &&
+            mf_layout_next(&s->layout, region, page * r->page_bytes,
+                           s->options.around_pages * (uint64_t)r->page_bytes, &cursor, &range))
+            end = range.offset_bytes > page * r->page_bytes
+                      ? page + 1
+                      : page + range.length_bytes / r->page_bytes;
         want.pages = mf_page_run_of(&s->pages[region], MF_PAGE_STATE_MASK, page,
                                     end < r->pages ? end : r->pages, &state);
         if (want.pages * r->page_bytes > s->scratch_bytes)
@@ -136,11 +146,15 @@ static int read_context(struct memferry_server *s, uint32_t context)
     return r < 0 ? server_fail(-r, "reading a userfaultfd failed: %s", strerror(-r)) : r;
 }
 
-/* An ioctl on the serving thread has met an unread event. */
+/* An ioctl on the serving thread has met an unread event. That may be another context's: fork(2)
+ * and munmap(2) across two of them hold up the fills of both from the beginning, but send the
+ * second's event only when the first's was read. */
 static void on_event(void *argument, uint32_t context)
 {
     struct memferry_server *s = argument;
     int r = read_context(s, context);
+    for (uint32_t i = 0; r == 0 && i < s->contexts.count; i++)
+        r = i == context ? 0 : read_context(s, i);
     if (r < 0)
         s->ended = r;
 }
@@ -189,6 +203,7 @@ static void look_for_gone_children(struct memferry_server *s)
                 s->short_of_fds = false;
             else
                 server_watch(s, i, false);
+            server_forget_twin(s, i);
             mf_events_drop(&s->events, i);
         }
     }
@@ -240,12 +255,15 @@ static void do_jobs(struct memferry_server *s)
     pthread_mutex_lock(&s->jobs_lock);
     for (struct server_job *job = s->jobs; job; job = job->next) {
         job->result = job->run(s, job->arg);
+        if (job->result < 0)
+            snprintf(job->why, sizeof(job->why), "%s", why);
         job->done = true;
     }
     s->jobs = NULL;
     atomic_store(&s->have_jobs, false);
     pthread_cond_broadcast(&s->jobs_done);
     pthread_mutex_unlock(&s->jobs_lock);
+    mf_events_serve(&s->events, true); /* what a job has read */
 }
 
 void server_wake(struct memferry_server *s)
@@ -289,7 +307,7 @@ int server_do(struct memferry_server *s, int (*run)(struct memferry_server *serv
         pthread_cond_timedwait(&s->jobs_done, &s->jobs_lock, &limit);
     }
     pthread_mutex_unlock(&s->jobs_lock);
-    return job.result;
+    return job.result < 0 ? server_fail(-job.result, "%s", job.why) : job.result;
 }
 
 /* ---- the loop ---- */
@@ -546,6 +564,29 @@ static void unregister(struct memferry_server *s, int uffd, const struct mf_mapp
     mf_uffd_unregister(uffd, mapping->start_addr, mapping->length_bytes);
 }
 
+static bool may_show_a_region(const struct memferry_server *s, const struct mf_vma *vma)
+{
+    const uint32_t regions = atomic_load(&s->region_count);
+    for (uint32_t i = 0; i < regions; i++)
+        if (s->region[i].kind == MF_MEMORY_PRIVATE
+                ? vma->inode == 0 && !vma->shared
+                : vma->inode == s->region[i].inode && vma->device == s->region[i].device)
+            return true;
+    return false;
+}
+
+/* What nobody has touched since it was moved or has grown is watched too, though not known. Who
+ * holds the userfaultfd open would leave its readers waiting. */
+static void unregister_unknown(const struct memferry_server *s, const struct mf_context *context)
+{
+    struct mf_vma vma;
+    if (!context || context->maps_fd < 0)
+        return;
+    for (uint64_t at = 0; mf_vma_find(context->maps_fd, at, &vma) == 0; at = vma.end_addr)
+        if (may_show_a_region(s, &vma))
+            mf_uffd_unregister(context->uffd, vma.start_addr, vma.end_addr - vma.start_addr);
+}
+
 int memferry_server_free(struct memferry_server *s, int end)
 {
     if (!s)
@@ -556,8 +597,11 @@ int memferry_server_free(struct memferry_server *s, int end)
         return server_fail(EBUSY, "%llu pages are missing: fill them, or say what becomes of them",
                            (unsigned long long)missing);
     memferry_server_stop(s);
-    if (!missing || end != MEMFERRY_END_LEAVE)
+    if (!missing || end != MEMFERRY_END_LEAVE) {
         server_each_mapping(s, unregister);
+        for (uint32_t i = 0; i < s->contexts.count; i++)
+            unregister_unknown(s, mf_context_at(&s->contexts, i));
+    }
     if (s->provider.close)
         s->provider.close(s->provider.arg);
     mf_contexts_free(&s->contexts);

@@ -33,6 +33,7 @@ struct server_job {
     int (*run)(struct memferry_server *server, void *arg);
     void *arg;
     int result;
+    char why[768]; /**< of a failure: the caller is another thread */
     bool done;
 };
 
@@ -47,8 +48,17 @@ struct server_forker {
     char before[SERVER_CHILDREN_BYTES];
 };
 
+/** struct server_twin - a child's context that was told before the child can be found. */
+struct server_twin {
+    uint32_t context, parent_context;
+    pid_t parent, tid; /**< who forked */
+};
+#define SERVER_TWINS 16u
+
 /** struct server_reasons - what was seen before the events that are being read. */
 struct server_reasons {
+    struct server_twin twin[SERVER_TWINS];
+    size_t twin_count;
     uint32_t context;
     size_t blocked_count, forker_count;
     struct mf_blocked blocked[SERVER_BLOCKED];
@@ -163,6 +173,8 @@ int server_check_run(const struct memferry_server *server, uint32_t region, uint
 /* ---- server_reason.c: struct mf_events_ops, @server ---- */
 
 unsigned server_observe(void *server, uint32_t context);
+/** server_forget_twin() - a child's context has ended. */
+void server_forget_twin(struct memferry_server *server, uint32_t context);
 enum mf_removed server_removed(void *server, uint32_t context, uint64_t start_addr,
                                uint64_t end_addr);
 void server_changed(void *server, uint32_t context, const struct uffd_msg *message, uint32_t child);

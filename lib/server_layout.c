@@ -309,6 +309,38 @@ static int watch(struct memferry_server *s, const struct memferry_mapping *m, in
     return r < 0 ? server_pass(&err) : 0;
 }
 
+/* A file's mappings are learned as they are met, so a part of this may be known already. */
+static bool agrees(const struct memferry_server *s, const struct memferry_mapping *m)
+{
+    struct mf_mapping there;
+    const uint64_t end = m->start_addr + m->length_bytes;
+    for (uint64_t at = m->start_addr;
+         mf_layout_from(&s->layout, m->context, at, &there) && there.start_addr < end;
+         at = there.start_addr + there.length_bytes)
+        if (s->region[m->region].kind == MF_MEMORY_PRIVATE || there.region != m->region ||
+            there.start_addr - there.offset_bytes != m->start_addr - m->offset_bytes)
+            return false;
+    return true;
+}
+
+/* Is all of it served by another context of the same address space? Where two watch one, either may
+ * have registered it, as it lay beside something that was moved. */
+static bool served_by_another(struct memferry_server *s, const struct memferry_mapping *m)
+{
+    const struct mf_context *of = mf_context_at(&s->contexts, m->context);
+    const uint64_t end = m->start_addr + m->length_bytes;
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        const struct mf_context *other = mf_context_at(&s->contexts, i);
+        struct memferry_mapping there = *m;
+        there.context = i;
+        if (i != m->context && other && other->pid == of->pid &&
+            mf_events_learn(&s->events, i, m->start_addr, end) == 0 && agrees(s, &there) &&
+            mf_layout_covers(&s->layout, i, m->start_addr, end))
+            return true;
+    }
+    return false;
+}
+
 static int add_mapping(struct memferry_server *s, void *argument)
 {
     const struct memferry_mapping *m = argument;
@@ -326,15 +358,23 @@ static int add_mapping(struct memferry_server *s, void *argument)
                            "bytes or its end",
                            (unsigned long long)m->length_bytes, (unsigned long long)m->start_addr,
                            region->page_bytes);
-    struct mf_mapping there;
-    if (mf_layout_from(&s->layout, m->context, m->start_addr, &there) &&
-        there.start_addr < m->start_addr + m->length_bytes)
-        return server_fail(EINVAL, "a mapping at %#llx overlaps one that is served already",
-                           (unsigned long long)m->start_addr);
     struct mf_range dropped[2];
-    mf_gate_close(&s->gate);
-    int r = watch(s, m, uffd);
     unsigned count = 0;
+    int r = 0;
+    for (unsigned tries = 0;; tries++) {
+        mf_gate_close(&s->gate);
+        /* Another thread may have unmapped what was there before this was mapped, and its event may
+         * come only now: it must not take this out. */
+        if (mf_uffd_event_pending(uffd) == 0)
+            break;
+        mf_gate_open(&s->gate);
+        mf_resolve_wait(&s->lander.resolver, m->context, tries);
+    }
+    if (!agrees(s, m))
+        r = server_fail(EINVAL, "a mapping at %#llx overlaps one that is served already",
+                        (unsigned long long)m->start_addr);
+    else
+        r = watch(s, m, uffd);
     if (r == 0)
         count = mf_layout_learn(&s->layout,
                                 &(struct mf_mapping){.start_addr = m->start_addr,
@@ -345,6 +385,8 @@ static int add_mapping(struct memferry_server *s, void *argument)
                                 dropped);
     mf_gate_open(&s->gate);
     wake_dropped(s, dropped, count);
+    if (r == -EBUSY && served_by_another(s, m))
+        return 0;
     if (r == 0 && (m->flags & MEMFERRY_MAPPING_REGISTERED))
         mf_uffd_wake(uffd, m->start_addr, m->length_bytes);
     return r;

@@ -17,6 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/uffd.h"
 #include "lib/util.h"
 
 /* ---- children ---- */
@@ -79,18 +80,93 @@ static pid_t new_child(int proc_fd, const struct server_forker *forker)
     return 0;
 }
 
-/* It appears a moment after its event was read. */
+/* Is a further userfaultfd of the same process still to be told? Then its child is not there yet.
+ */
+static bool more_to_tell(const struct memferry_server *s, uint32_t context, pid_t parent)
+{
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        const struct mf_context *other = mf_context_at(&s->contexts, i);
+        if (i != context && other && other->pid == parent && mf_uffd_event_pending(other->uffd) > 0)
+            return true;
+    }
+    return false;
+}
+
+/* The child of thread @tid appears a moment after its last event was read. */
 static pid_t find_child(const struct server_reasons *r, int proc_fd, pid_t tid)
 {
-    for (unsigned tries = 0; r->forker_count > 0 && tries < 100; tries++) {
-        for (size_t i = 0; i < r->forker_count; i++) {
-            pid_t child = !tid || r->forker[i].tid == tid ? new_child(proc_fd, &r->forker[i]) : 0;
-            if (child)
-                return child;
-        }
+    const struct server_forker *forker = NULL;
+    for (size_t i = 0; i < r->forker_count; i++)
+        if (r->forker[i].tid == tid)
+            forker = &r->forker[i];
+    for (unsigned tries = 0; forker && tries < 100; tries++) {
+        pid_t child = new_child(proc_fd, forker);
+        if (child)
+            return child;
         nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
     return 0;
+}
+
+static void place_child(struct mf_context *context, pid_t pid)
+{
+    char path[32];
+    context->pid = pid;
+    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+    if (context->maps_fd < 0)
+        context->maps_fd = open(path, O_RDONLY | O_CLOEXEC);
+}
+
+void server_forget_twin(struct memferry_server *s, uint32_t context)
+{
+    struct server_reasons *r = &s->reasons;
+    size_t kept = 0;
+    for (size_t i = 0; i < r->twin_count; i++)
+        if (r->twin[i].context != context)
+            r->twin[kept++] = r->twin[i];
+    r->twin_count = kept;
+}
+
+/* Whose process number a child's context has: with it what the child maps can be looked up before
+ * it has touched anything. */
+static void know_child(struct memferry_server *s, uint32_t context, uint32_t child, pid_t tid)
+{
+    struct server_reasons *r = &s->reasons;
+    struct mf_context *of_child = mf_context_at(&s->contexts, child);
+    const struct mf_context *of_parent = mf_context_at(&s->contexts, context);
+    const pid_t parent = of_parent ? of_parent->pid : 0;
+    /* Those of an earlier fork whose child was not found never will be. */
+    size_t kept = 0;
+    for (size_t i = 0; i < r->twin_count; i++)
+        if (r->twin[i].parent != parent || (tid && r->twin[i].tid != tid) ||
+            (tid && r->twin[i].parent_context != context))
+            r->twin[kept++] = r->twin[i];
+    r->twin_count = kept;
+    if (!parent || !tid) /* it might be another one's child */
+        return;
+    pid_t pid = 0;
+    if (!more_to_tell(s, context, parent)) {
+        cleanup_close int proc_fd = mf_observe_open(parent, NULL);
+        pid = proc_fd < 0 ? 0 : find_child(r, proc_fd, tid);
+    }
+    if (!pid) {
+        if (r->twin_count == SERVER_TWINS)
+            memmove(r->twin, r->twin + 1, --r->twin_count * sizeof(r->twin[0]));
+        r->twin[r->twin_count++] = (struct server_twin){child, context, parent, tid};
+        return;
+    }
+    server_forget_twin(s, child);
+    place_child(of_child, pid);
+    /* Whoever forks does so for one child after another. */
+    kept = 0;
+    for (size_t i = 0; i < r->twin_count; i++) {
+        struct mf_context *twin = mf_context_at(&s->contexts, r->twin[i].context);
+        if (r->twin[i].parent != parent || r->twin[i].tid != tid)
+            r->twin[kept++] = r->twin[i];
+        else if (twin && twin->child && !twin->pid)
+            place_child(twin, pid);
+    }
+    r->twin_count = kept;
 }
 
 /* ---- who waits ---- */
@@ -203,10 +279,8 @@ void server_changed(void *argument, uint32_t context, const struct uffd_msg *mes
                                   : judge(s, context, message);
     atomic_fetch_add_explicit(&s->events_seen, 1, memory_order_relaxed);
     struct mf_context *of_child = mf_context_at(&s->contexts, child);
-    if (of_child && !of_child->pid) {
-        cleanup_close int proc_fd = open_process(s, context);
-        of_child->pid = proc_fd < 0 ? 0 : find_child(&s->reasons, proc_fd, change.tid);
-    }
+    if (of_child && !of_child->pid)
+        know_child(s, context, child, change.tid);
     if (!s->options.on_change)
         return;
     const struct memferry_change told = {.struct_bytes = sizeof(told),

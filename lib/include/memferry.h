@@ -383,6 +383,8 @@ int memferry_peer_reconnect(const struct memferry_provider *provider, int socket
  * for them goes on; those that are here, were discarded, or that another thread is filling at this
  * moment are left as they are. Blocks only while the target is in the middle of a change of its
  * mappings. Allocates nothing.
+ * Anonymous memory has no file to wait in: what of it is filled before it has a mapping is lost, so
+ * add the mapping first.
  * @bytes: @pages pages, aligned to 8 bytes; not in served memory.
  * Return: 0; -EINVAL (pages beyond the region's end); -ENOSPC, -ENOMEM (no memory for the file:
  * pages stay missing; on_failure was told of those that are waited for).

@@ -379,9 +379,14 @@ static bool read_messages(struct fault_thread *t, uint32_t context)
     return r > 0;
 }
 
+/* The event may be another context's: fork(2) and munmap(2) across two of them hold up the fills of
+ * both from the beginning, but send the second's event only when the first's was read. */
 static void on_event(void *argument, uint32_t context)
 {
-    read_messages(argument, context);
+    struct fault_thread *t = argument;
+    bool event = read_messages(t, context);
+    for (uint32_t i = 0; !event && i < t->mover->contexts.count; i++)
+        event = i != context && read_messages(t, i);
 }
 
 static pid_t process_of(const struct fault_thread *t, uint32_t context)
