@@ -2,16 +2,12 @@
 /* The changes of a mapping: each way to move, grow, shrink, replace and copy it, and which of them
  * the kernel tells. What it tells in general, and when, is in test_events.c. */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/shm.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "lib/uffd.h"
@@ -327,6 +323,44 @@ static void each_userfaultfd_is_told_by_itself(void **state)
     area_free(&area);
 }
 
+/** vm_flags() - the row VmFlags of the mapping that begins at @at. */
+static void vm_flags(const char *at, char *flags, size_t size)
+{
+    char line[512];
+    unsigned long start, end;
+    bool here = false;
+    cleanup_fclose FILE *f = fopen("/proc/self/smaps", "re");
+    flags[0] = '\0';
+    while (f && fgets(line, sizeof(line), f)) {
+        if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+            here = start == (uintptr_t)at;
+        else if (here && strncmp(line, "VmFlags:", 8) == 0)
+            snprintf(flags, size, "%s", line + 8);
+    }
+}
+
+/** What a successor goes by, who was not there when it was registered. */
+static void smaps_tells_what_is_registered(void **state)
+{
+    (void)state;
+    struct area area;
+    char flags[512];
+    area_make(&area, AREA_SHMEM, PAGES);
+    vm_flags(area.guest, flags, sizeof(flags));
+    assert_true(flags[0] && !strstr(flags, " um ") && !strstr(flags, " ui "));
+    area_register(&area, UFFDIO_REGISTER_MODE_MISSING);
+    vm_flags(area.guest, flags, sizeof(flags));
+    assert_true(strstr(flags, " um ") && !strstr(flags, " ui "));
+    area_register(&area, BOTH_MODES);
+    vm_flags(area.guest, flags, sizeof(flags));
+    assert_true(strstr(flags, " um ") && strstr(flags, " ui "));
+    close(area.uffd);
+    area.uffd = -1;
+    vm_flags(area.guest, flags, sizeof(flags));
+    assert_true(flags[0] && !strstr(flags, " um ") && !strstr(flags, " ui "));
+    area_free(&area);
+}
+
 static void protecting_keeps_the_registration(void **state)
 {
     (void)state;
@@ -409,158 +443,6 @@ static void a_guard_is_not_told(void **state)
     area_free(&area);
 }
 
-/* ----------------------------------------------------------------------------------------- fork */
-
-static void make_with_fork(struct area *area)
-{
-    area_make_with(area, AREA_SHMEM, PAGES, MF_UFFD_FEATURES | UFFD_FEATURE_EVENT_FORK);
-    area_register(area, BOTH_MODES);
-}
-
-/** call_fork() - the child touches @at (unless NULL) and exits with what it read; rc is its pid. */
-static long call_fork(struct actor *actor)
-{
-    pid_t child = fork();
-    if (child == 0) /* no PDEATHSIG: it would go with the thread; without a reader it reads zeros */
-        _exit(actor->at ? *(volatile char *)actor->at : 0);
-    return child;
-}
-
-static int exit_code(long child)
-{
-    int status = 0;
-    assert_int_equal(waitpid((pid_t)child, &status, 0), child);
-    assert_true(WIFEXITED(status));
-    return WEXITSTATUS(status);
-}
-
-static void a_fork_hands_over_a_descriptor_and_holds_the_parent(void **state)
-{
-    (void)state;
-    struct area area;
-    make_with_fork(&area);
-    struct actor forker = {.act = ACT_CALL, .call = call_fork, .at = page_of(&area, 1)};
-    actor_start(&forker);
-    await_readable(area.uffd);
-    assert_true(actor_waits(&forker));
-    struct uffd_msg message = next_message(area.uffd);
-    assert_int_equal(message.event, UFFD_EVENT_FORK);
-    cleanup_close int childs = (int)message.arg.fork.ufd;
-    assert_true(fcntl(childs, F_GETFD) >= 0);
-    actor_finish(&forker);
-
-    /* It is the child's memory that it watches. */
-    message = next_message(childs);
-    assert_int_equal(message.event, UFFD_EVENT_PAGEFAULT);
-    assert_true(no_message(area.uffd));
-    put(&area, 1, 'f');
-    struct uffdio_continue arg = {
-        .range = {.start = (uintptr_t)page_of(&area, 1), .len = area.page_bytes}};
-    assert_int_equal(ioctl_errno(childs, UFFDIO_CONTINUE, &arg), 0);
-    assert_int_equal(exit_code(forker.rc), 'f');
-    arg.mapped = 12345;
-    assert_int_equal(ioctl_errno(childs, UFFDIO_CONTINUE, &arg), ESRCH);
-    expect_watched(&area, area.uffd, page_of(&area, 1), 1); /* the parent's is as it was */
-    area_free(&area);
-}
-
-static void a_fork_without_a_free_descriptor_stays_queued(void **state)
-{
-    (void)state;
-    struct area area;
-    struct uffd_msg message;
-    struct rlimit limit, none;
-    make_with_fork(&area);
-    struct actor forker = {.act = ACT_CALL, .call = call_fork};
-    actor_start(&forker);
-    await_readable(area.uffd);
-    getrlimit(RLIMIT_NOFILE, &limit);
-    none = limit;
-    none.rlim_cur = 0;
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
-    ssize_t length = read(area.uffd, &message, sizeof(message));
-    int code = errno;
-    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
-    assert_int_equal(length, -1);
-    assert_int_equal(code, EMFILE);
-    assert_true(actor_waits(&forker));
-    message = next_message(area.uffd);
-    assert_int_equal(message.event, UFFD_EVENT_FORK);
-    actor_finish(&forker);
-    close((int)message.arg.fork.ufd);
-    assert_int_equal(exit_code(forker.rc), 0);
-    area_free(&area);
-}
-
-static void without_its_userfaultfd_a_child_reads_zeros(void **state)
-{
-    (void)state;
-    struct area area;
-    make_with_fork(&area);
-    struct actor forker = {.act = ACT_CALL, .call = call_fork, .at = page_of(&area, 1)};
-    actor_start(&forker);
-    struct uffd_msg message = next_message(area.uffd);
-    assert_int_equal(message.event, UFFD_EVENT_FORK);
-    actor_finish(&forker);
-    await_readable((int)message.arg.fork.ufd);
-    close((int)message.arg.fork.ufd);
-    assert_int_equal(exit_code(forker.rc), 0);
-    area_free(&area);
-}
-
-static void without_event_fork_the_copy_is_not_watched(void **state)
-{
-    (void)state;
-    struct area area;
-    area_make(&area, AREA_SHMEM, PAGES);
-    area_register(&area, BOTH_MODES);
-    struct actor forker = {.act = ACT_CALL, .call = call_fork, .at = page_of(&area, 1)};
-    actor_start(&forker);
-    actor_finish(&forker);
-    assert_int_equal(exit_code(forker.rc), 0);
-    assert_true(no_message(area.uffd));
-    area_free(&area);
-}
-
-static long call_vfork(struct actor *actor)
-{
-    (void)actor;
-    pid_t child = vfork();
-    if (child == 0)
-        _exit(7);
-    return child;
-}
-
-static void a_vfork_is_not_told(void **state)
-{
-    (void)state;
-    struct area area;
-    make_with_fork(&area);
-    struct actor forker = {.act = ACT_CALL, .call = call_vfork};
-    actor_start(&forker);
-    actor_finish(&forker);
-    assert_int_equal(exit_code(forker.rc), 7);
-    assert_true(no_message(area.uffd));
-    area_free(&area);
-}
-
-/** The right is asked of who makes the handshake, not of who made the userfaultfd. */
-static void following_forks_takes_cap_sys_ptrace_at_the_handshake(void **state)
-{
-    (void)state;
-    cleanup_close int uffd = mf_uffd_open();
-    cleanup_close int other = mf_uffd_open();
-    assert_true(uffd >= 0 && other >= 0);
-    if (geteuid() != 0)
-        lacking("root");
-    assert_int_equal(setresuid(65534, 65534, 65534), 0);
-    struct uffdio_api api = {.api = UFFD_API,
-                             .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_UNMAP};
-    assert_int_equal(ioctl_errno(uffd, UFFDIO_API, &api), EPERM);
-    api = (struct uffdio_api){.api = UFFD_API, .features = UFFD_FEATURE_EVENT_UNMAP};
-    assert_int_equal(ioctl_errno(other, UFFDIO_API, &api), 0);
-}
-
 int main(int argc, char **argv)
 {
     static const struct fact facts[] = {
@@ -574,16 +456,11 @@ int main(int argc, char **argv)
         FACT(a_shrinking_heap_tells_an_unmap),
         FACT(without_event_remap_a_moved_mapping_is_not_watched),
         FACT(each_userfaultfd_is_told_by_itself),
+        FACT(smaps_tells_what_is_registered),
         FACT(protecting_keeps_the_registration),
         FACT(system_v_memory_is_not_served_and_its_end_not_told),
         FACT(paging_out_is_not_told),
         FACT(a_guard_is_not_told),
-        FACT_NEEDS(a_fork_hands_over_a_descriptor_and_holds_the_parent, UFFD_FEATURE_EVENT_FORK),
-        FACT_NEEDS(a_fork_without_a_free_descriptor_stays_queued, UFFD_FEATURE_EVENT_FORK),
-        FACT_NEEDS(without_its_userfaultfd_a_child_reads_zeros, UFFD_FEATURE_EVENT_FORK),
-        FACT(without_event_fork_the_copy_is_not_watched),
-        FACT_NEEDS(a_vfork_is_not_told, UFFD_FEATURE_EVENT_FORK),
-        FACT_NEEDS(following_forks_takes_cap_sys_ptrace_at_the_handshake, UFFD_FEATURE_EVENT_FORK),
     };
     return facts_main(argc, argv, facts, sizeof(facts) / sizeof(facts[0]), MF_UFFD_FEATURES);
 }
