@@ -268,7 +268,7 @@ void show_summary(const Session *s, bool keep_source)
 {
     printf("Done: %s runs on %s, with all of its memory.\n", s->name,
            s->peer[0] ? s->peer : "the other host");
-    printf("  The guest stood still for %s; the migration took %s.\n",
+    printf("  It stood still for %s; the migration took %s.\n",
            show_us((double)s->blackout_us).text, show_us((double)s->total_us).text);
     printf("  %s of RAM moved by sending %s: %s pages had data, %s were zero, %s had never been "
            "used.\n",
@@ -280,8 +280,14 @@ void show_summary(const Session *s, bool keep_source)
     if (s->mover_restarts)
         printf("  memferry-mover was replaced %u times on the way; nothing was lost.\n",
                s->mover_restarts);
-    puts(
-        keep_source
-            ? "  The VM here is left paused, as asked for; never let it run again beside the other."
-            : "  The VM here was told to quit.");
+    const bool process = strcmp(s->adapter, "process") == 0;
+    if (process)
+        puts(keep_source
+                 ? "  The process here is left stopped, as asked for; never let it run again "
+                   "beside the other."
+                 : "  The process here was ended.");
+    else
+        puts(keep_source ? "  The VM here is left paused, as asked for; never let it run again "
+                           "beside the other."
+                         : "  The VM here was told to quit.");
 }

@@ -173,6 +173,11 @@ static void refused(struct connector *c, const struct mf_preamble_reply *reply)
                  "the memferryd at %s knows nothing of %s any more: was it restarted? The guest "
                  "there may wait for its memory, so end neither of the two VMs",
                  c->peer, c->name);
+        else if (session_vmm_ops(session) == &vmm_process)
+            fail(c,
+                 "nothing waits for %s at %s; start the program there so that it waits, and run "
+                 "\"memferry receive %s --pid PID --load COMMAND\"",
+                 c->name, c->peer, c->name);
         else
             fail(c,
                  "nothing waits for %s at %s; start the VM there with -S -incoming defer and run "

@@ -261,8 +261,8 @@ static bool regions_agree(const struct mover *mover, const Memferry__Peer__Hello
 {
     if (hello->n_regions != mover->region_count) {
         snprintf(why, why_size,
-                 "the source's VM has %zu memory backends and the destination's %u; start both VMs "
-                 "with the same -object memory-backend-file options",
+                 "the source has %zu regions of memory and the destination %u; both need the same "
+                 "(QEMU: the same -object memory-backend-file options)",
                  hello->n_regions, mover->region_count);
         return false;
     }
@@ -275,9 +275,9 @@ static bool regions_agree(const struct mover *mover, const Memferry__Peer__Hello
             theirs->page_bytes == ours->page_bytes)
             continue;
         snprintf(why, why_size,
-                 "the memory of the two VMs differs: the source has %s (%" PRIu64
+                 "the memory of the two differs: the source has %s (%" PRIu64
                  " MiB, pages of %" PRIu64 " KiB) where the destination has %s (%" PRIu64
-                 " MiB, pages of %u KiB); start both VMs with the same -object options",
+                 " MiB, pages of %u KiB); both need the same (QEMU: the same -object options)",
                  name, theirs->size_bytes >> 20, theirs->page_bytes >> 10, ours->name,
                  ours->size_bytes >> 20, ours->page_bytes >> 10);
         return false;
