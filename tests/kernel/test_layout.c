@@ -443,9 +443,40 @@ static void a_guard_is_not_told(void **state)
     area_free(&area);
 }
 
+static long call_double(struct actor *actor)
+{
+    return (long)mremap(actor->at, 0, actor->length_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+                        actor->to);
+}
+
+/** mremap(2) with an old length of 0 maps the same once more. */
+static void doubling_tells_a_length_of_0_and_both_are_watched(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    char *to = mmap(NULL, area.length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(to != MAP_FAILED);
+    struct actor doubler = {.act = ACT_CALL,
+                            .call = call_double,
+                            .at = area.guest,
+                            .length_bytes = area.length_bytes,
+                            .to = to};
+    actor_start(&doubler);
+    expect_remap(area.uffd, area.guest, to, 0);
+    actor_finish(&doubler);
+    assert_true(doubler.rc == (long)(uintptr_t)to);
+    assert_true(no_message(area.uffd));
+    expect_watched(&area, area.uffd, to + 2 * area.page_bytes, 2);
+    expect_watched(&area, area.uffd, page_of(&area, 3), 3);
+    area_free(&area);
+}
+
 int main(int argc, char **argv)
 {
     static const struct fact facts[] = {
+        FACT(doubling_tells_a_length_of_0_and_both_are_watched),
         FACT(onto_an_occupied_range_tells_its_unmap_first),
         FACT(dontunmap_tells_remap_alone_and_both_stay_registered),
         FACT(growing_in_place_is_not_told_and_the_tail_is_watched),

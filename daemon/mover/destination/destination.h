@@ -4,6 +4,7 @@
  *   faults.c       the fault thread: faults and events in, REQUESTs out, urgent answers in
  *   fault_table.c  who waits since when
  *   account.c      what landing a page means to the session
+ *   changes.c      what is to be found out when the target changes its layout
  *   bulk.c         a bulk connection's thread
  * What a userfaultfd says is read by lib/events.c; lib/land.c gets bytes into the page cache, and
  * lib/resolve.c makes the ioctls that resolve.
@@ -15,6 +16,7 @@
 #include <stdint.h>
 
 #include "daemon/mover/mover.h"
+#include "lib/events.h"
 #include "lib/land.h"
 
 /* ---- fault_table.c ----
@@ -60,6 +62,18 @@ void account_missing(struct mover *mover, uint64_t pages);
 /** account_failed() - @error, an -errno of landing a frame, ends the link: what is not known to be
  * here is asked for again over the next one. Says that it is memory that lacks. Return: @error. */
 int account_failed(struct mover *mover, int error);
+
+/* ---- changes.c: struct mf_events_ops, as far as the companion is asked ---- */
+
+/** changes_learn() - look at everything that memferryd handed over: it was mapped when it looked,
+ * but was it registered then? Before anything is served. */
+void changes_learn(struct mover *mover, struct mf_events *events);
+void changes_forked(struct mover *mover, struct mf_events *events, uint32_t parent,
+                    uint32_t context);
+int changes_maps(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr);
+unsigned changes_observe(struct mover *mover, uint32_t context);
+enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, uint32_t context,
+                                uint64_t start_addr, uint64_t end_addr);
 
 /* ---- faults.c ---- */
 struct fault_table *faults_table(struct mover *mover);

@@ -389,69 +389,30 @@ static void on_event(void *argument, uint32_t context)
         event = i != context && read_messages(t, i);
 }
 
-static pid_t process_of(const struct fault_thread *t, uint32_t context)
-{
-    const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
-    /* A child of which nobody knows yet which process it is: any that is not known. */
-    return of->child && !of->pid ? -1 : of->pid;
-}
-
 static void forked(void *argument, uint32_t parent, uint32_t context)
 {
     struct fault_thread *t = argument;
-    struct companion *companion = &t->mover->companion;
-    struct mf_context *child = mf_context_at(&t->mover->contexts, context);
-    const struct uffd_msg message = {.event = UFFD_EVENT_FORK};
-    struct mf_change change = {0};
-    if (companion->children)
-        atomic_fetch_add(companion->children, 1);
     arm_uffd(t, context);
-    /* Otherwise it is known by its first fault. */
-    if (t->mover->dontneed_discards)
-        return;
-    if (!companion_reason(companion, process_of(t, parent), &message, &change))
-        t->events.observed = 0;
-    const int maps_fd = change.tid ? companion_child(companion, change.tid, &child->pid) : -1;
-    child->maps_fd = maps_fd < 0 ? -1 : maps_fd;
-    child->pid = maps_fd < 0 ? 0 : child->pid;
+    changes_forked(t->mover, &t->events, parent, context);
 }
 
-/* Which process is it? Its own thread's number says so: that one waits until it is served. */
 static int maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
 {
-    struct fault_thread *t = argument;
-    pid_t pid = 0;
-    int r = companion_maps(&t->mover->companion, tid, addr, &pid);
-    if (r >= 0)
-        mf_context_at(&t->mover->contexts, context)->pid = pid;
-    return r;
+    const struct fault_thread *t = argument;
+    return changes_maps(t->mover, context, tid, addr);
 }
 
 static unsigned observe(void *argument, uint32_t context)
 {
-    struct fault_thread *t = argument;
-    int r = companion_observe(&t->mover->companion, process_of(t, context));
-    return r >= 0 ? (unsigned)r : 1;
+    const struct fault_thread *t = argument;
+    return changes_observe(t->mover, context);
 }
 
 static enum mf_removed removed(void *argument, uint32_t context, uint64_t start_addr,
                                uint64_t end_addr)
 {
     struct fault_thread *t = argument;
-    const struct uffd_msg message = {.event = UFFD_EVENT_REMOVE,
-                                     .arg.remove = {.start = start_addr, .end = end_addr}};
-    struct mf_change change;
-    if (!companion_reason(&t->mover->companion, process_of(t, context), &message, &change))
-        t->events.observed = 0;
-    if (change.reason == MF_REASON_DONTNEED)
-        return MF_REMOVED_NOTHING;
-    if (change.reason != MF_REASON_REMOVE &&
-        atomic_fetch_add(&t->mover->figures->removes_unknown, 1) < UNKNOWN_SAID)
-        mf_log(MF_LOG_WARNING,
-               "%s: %" PRIu64 " KiB at %#" PRIx64 " were emptied by a call that could not be "
-               "seen; what has not arrived of them counts as discarded",
-               t->mover->name, (end_addr - start_addr) >> 10, start_addr);
-    return MF_REMOVED_PAGES;
+    return changes_removed(t->mover, &t->events, context, start_addr, end_addr);
 }
 
 static void arm_timer(struct fault_thread *t)
@@ -483,8 +444,7 @@ static void uffd_readable(struct fault_thread *t, uint32_t context, const struct
     if (of && of->leaving) {
         if (!more) {
             mf_events_drop(&t->events, context);
-            if (t->mover->companion.children)
-                atomic_fetch_sub(t->mover->companion.children, 1);
+            atomic_fetch_sub(t->mover->companion.children, 1);
         }
         return;
     }
@@ -529,23 +489,6 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
     }
 }
 
-/* What memferryd handed over was mapped when it looked; but was it registered then? */
-static void learn_all(struct fault_thread *t)
-{
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    const unsigned count = mf_layout_get(&t->mover->layout, mappings, MF_MAPPINGS_MAX);
-    for (unsigned i = 0; i < count; i++) {
-        const struct mf_mapping *m = &mappings[i];
-        const struct mf_context *context = mf_context_at(&t->mover->contexts, m->context);
-        struct mf_range dropped[1];
-        if (context->maps_fd < 0 || t->mover->region[m->region].kind == MF_MEMORY_PRIVATE)
-            continue;
-        mf_layout_unmap(&t->mover->layout, m->context, m->start_addr,
-                        m->start_addr + m->length_bytes, dropped);
-        mf_events_learn(&t->events, m->context, m->start_addr, m->start_addr + m->length_bytes);
-    }
-}
-
 static void *fault_main(void *argument)
 {
     struct fault_thread *t = argument;
@@ -556,7 +499,7 @@ static void *fault_main(void *argument)
     for (uint32_t i = 0; i < t->mover->contexts.count; i++)
         arm_uffd(t, i);
     arm_kick(t);
-    learn_all(t);
+    changes_learn(t->mover, &t->events);
     /* A poll says "readable" on the way from not to readable: what came before is read here. */
     for (uint32_t i = 0; i < t->mover->contexts.count; i++)
         mf_events_serve(&t->events, read_messages(t, i));
