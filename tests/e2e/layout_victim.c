@@ -9,6 +9,7 @@
  *   THREAD orphan IN OUT                   the same, not its own child    THREAD TID CHILD
  *   THREAD uffd ADDR LENGTH                watch it by a userfaultfd      THREAD TID RESULT
  *   THREAD spin COUNT A LENGTH B           discard, move to B, and back   THREAD TID RESULT
+ *   THREAD advise COUNT SEED ADDR PAGES    see advise()                   THREAD TID RESULT
  *
  * THREAD is 0 to 15; each is a thread of its own that does one thing after another, while the other
  * ones do theirs. Numbers are decimal, hexadecimal or octal as strtoull(3) reads them. At the end
@@ -98,6 +99,21 @@ static long spin(uint64_t count, uint64_t a_addr, uint64_t length_bytes, uint64_
     return 0;
 }
 
+/** advise() - @count times MADV_DONTNEED or MADV_REMOVE of some of the @pages, by chance: which the
+ * test can tell from the seed. */
+static long advise(uint64_t count, uint64_t seed, uint64_t addr, uint64_t pages)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        uint64_t first = (seed >> 33) % pages, rest = pages - first;
+        uint64_t length = 1 + (seed >> 45) % (rest < 4 ? rest : 4);
+        int advice = (seed >> 60) & 1 ? MADV_REMOVE : MADV_DONTNEED;
+        if (madvise(pointer(addr + first * 4096), length * 4096, advice) != 0)
+            return result_of(-1);
+    }
+    return 0;
+}
+
 static void serve_child(int child_in, int child_out);
 
 static void obey(char *line)
@@ -124,6 +140,8 @@ static void obey(char *line)
         result = result_of(result);
     } else if (strcmp(words[1], "uffd") == 0) {
         result = watch(n[2], n[3]);
+    } else if (strcmp(words[1], "advise") == 0) {
+        result = advise(n[2], n[3], n[4], n[5]);
     } else if (strcmp(words[1], "spin") == 0) {
         result = spin(n[2], n[3], n[4], n[5]);
     } else {

@@ -341,6 +341,50 @@ def monitor_same_call(sandbox):
     monitor.stop()
 
 
+def advice_by_chance(count, seed, addr, pages):
+    """What layout-victim's advise() does: (start, end, reason)."""
+    for _ in range(count):
+        seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**64
+        first = (seed >> 33) % pages
+        length = 1 + (seed >> 45) % min(pages - first, 4)
+        yield (addr + first * PAGE, addr + (first + length) * PAGE,
+               "remove" if (seed >> 60) & 1 else "dontneed")
+
+
+@e2e(limit_s=180)
+def monitor_random_advice(sandbox):
+    """Six threads discard by chance, often the same pages in another way: what is said is right, or not said."""
+    victim = Victim(sandbox)
+    pages, count, threads = 64, 500, range(6)
+    fd = victim.memory_file(pages * PAGE)
+    victim.map(AREA, pages * PAGE, SHARED, fd)
+    monitor = Monitor(sandbox, victim.pid)
+    left_open = 0
+    for seed in (1, 20, 300):
+        for thread in threads:
+            victim.tell(thread, "advise", count, seed + thread, AREA, pages)
+        for thread in threads:
+            need(victim.answer(thread) == 0, "the victim's calls fail")
+        events = monitor.next(len(threads) * count)
+        wanted_of = {victim.tids[thread]: list(advice_by_chance(count, seed + thread, AREA, pages))
+                     for thread in threads}
+        for tid, wanted in wanted_of.items():
+            rest = iter(wanted)
+            got = [(event["start"], event["end"], event["reason"]) for event in events if event["tid"] == tid]
+            need(all(each in rest for each in got), f"seed {seed}: thread {tid} did not do this, or not in this order")
+        every = [each for wanted in wanted_of.values() for each in wanted]
+        need(sorted(each[:2] for each in every) == sorted((event["start"], event["end"]) for event in events),
+             f"seed {seed}: other ranges than were discarded")
+        left_open += sum(event["reason"] == "unknown" for event in events)
+        for event in events:  # also where it is nobody's a reason is one that there was
+            need(event["reason"] == "unknown" or (event["start"], event["end"], event["reason"]) in every,
+                 f"seed {seed}: a reason that nobody gave: {event}")
+    monitor.nothing_more()
+    print(f"  {left_open} of {3 * len(threads) * count} reasons left open")
+    need(left_open < len(threads) * count, "most reasons should be told")
+    monitor.stop()
+
+
 def child_of(victim, parent, thread, pipes, monitor):
     """Fork from a thread of `parent`; the child, and its number as the monitor tells it."""
     child_in, to_it, from_it, child_out = pipes
