@@ -715,7 +715,7 @@ def process_refusals(sandbox):
     gone = Program(sandbox, pair.a, "gone")
     gone.kill()
     refused("no process|is gone", program=gone)
-    refused("nothing waits for other .* memferry receive other --pid PID --load COMMAND")
+    refused("nothing waits for other .*memferry receive other --pid PID --load COMMAND")
     # The two hosts must have the same regions.
     pair.receive("--region", "heap0=memfd:heap0")
     answer = pair.a.memferry("migrate", pair.name, *pair.source_commands(), "--to", pair.b.address)
