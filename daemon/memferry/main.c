@@ -2,9 +2,11 @@
 /*
  * memferry, the command line: memferry(1).
  */
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "daemon/memferry/args.h"
 #include "daemon/memferry/verbs.h"
@@ -50,8 +52,21 @@ static int run(int argc, char **argv)
     return CLI_DONE;
 }
 
+/** keep_places() - a standard stream that is closed must not become a socket that is written to by
+ * mistake: what stands in its place can't be written to. */
+static void keep_places(void)
+{
+    int fd;
+    do
+        fd = open("/dev/null", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
 int main(int argc, char **argv)
 {
+    keep_places();
     signal(SIGPIPE, SIG_IGN);
     int code = run(argc, argv);
     if (fflush(stdout) != 0 || ferror(stdout)) {

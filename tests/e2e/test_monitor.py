@@ -803,6 +803,10 @@ def monitor_refuses(sandbox):
     refused(1, "not permitted to watch", str(victim.pid), wrap=(
         "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"))
 
+    for stream in (">&-", ">/dev/full"):
+        done = run("sh", "-c", f"{program('memferry')} monitor {victim.pid} {stream}", check=False)
+        need(done.returncode == 1 and "cannot write to the standard output" in done.stderr,
+             f"monitor {stream}: {done.returncode}, {done.stderr!r}")
     # By a process of its own, which can end with the threads still in its hands.
     tracer = subprocess.Popen(["python3", "-c", TRACER, str(victim.pid)], stdout=subprocess.PIPE, text=True)
     sandbox.processes.append(tracer)
