@@ -179,8 +179,8 @@ uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t c
 {
     uint64_t forgotten = 0;
     for (uint64_t page = first; page < first + count; page++)
-        forgotten += mf_page_resolvable(atomic_exchange_explicit(
-            &pages->state[page], MF_PAGE_UNCONFIRMED, memory_order_acq_rel));
+        forgotten += mf_page_resolvable(
+            atomic_fetch_and_explicit(&pages->state[page], MF_PAGE_FAULTED, memory_order_acq_rel));
     return forgotten;
 }
 

@@ -145,8 +145,8 @@ uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page);
  *  Return: the byte before. */
 uint8_t mf_page_unfault(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_forget() - UNCONFIRMED again, over a run, whatever it was. Nobody lands these pages, and
- * nobody has them mapped. Return: how many pages were resolvable. */
+/** mf_page_forget() - UNCONFIRMED again, over a run, whatever it was; FAULTED stays. Nobody lands
+ * these pages, and nobody has them mapped. Return: how many pages were resolvable. */
 uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t count);
 
 /**

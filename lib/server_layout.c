@@ -71,11 +71,13 @@ static int handshake(const struct memferry_server *s, int fd)
 
 int memferry_context_open(struct memferry_server *s)
 {
-    cleanup_close int fd = mf_uffd_open();
+    const bool user = s->options.flags & MEMFERRY_USER_FAULTS;
+    cleanup_close int fd = user ? mf_uffd_open_user() : mf_uffd_open();
     if (fd < 0)
         return server_fail(-fd,
                            "cannot make a userfaultfd: %s; it needs CAP_SYS_PTRACE, the sysctl "
-                           "vm.unprivileged_userfaultfd=1 or the right to open /dev/userfaultfd",
+                           "vm.unprivileged_userfaultfd=1 or the right to open /dev/userfaultfd, "
+                           "or MEMFERRY_USER_FAULTS",
                            strerror(-fd));
     int r = handshake(s, fd);
     cleanup_close int maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);

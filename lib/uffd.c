@@ -60,9 +60,15 @@ int mf_uffd_open(void)
     return fd >= 0 ? fd : -code;
 }
 
-int mf_uffd_features(uint64_t *features, struct mf_error *err)
+int mf_uffd_open_user(void)
 {
-    cleanup_close int fd = mf_uffd_open();
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    return fd >= 0 ? fd : -errno;
+}
+
+/* @fd: a throw-away userfaultfd, or the -errno with which it could not be had. */
+static int features_of(int fd, uint64_t *features, struct mf_error *err)
+{
     if (fd < 0)
         return mf_fail(
             err, -fd,
@@ -82,13 +88,22 @@ int mf_uffd_features(uint64_t *features, struct mf_error *err)
     return 0;
 }
 
+int mf_uffd_features(uint64_t *features, struct mf_error *err)
+{
+    cleanup_close int fd = mf_uffd_open();
+    return features_of(fd, features, err);
+}
+
 int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
                 struct mf_error *err)
 {
     /* The handshake can be done once only and fails as a whole on a single unknown bit, so what the
      * kernel has is found on a throw-away descriptor. */
     uint64_t available;
-    int rc = mf_uffd_features(&available, err);
+    cleanup_close int throw_away = mf_uffd_open();
+    if (throw_away == -EPERM) /* what is asked for may be one for user mode */
+        throw_away = mf_uffd_open_user();
+    int rc = features_of(throw_away, &available, err);
     if (rc < 0)
         return rc;
     uint64_t missing = required & ~available;

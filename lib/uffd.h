@@ -25,6 +25,11 @@
  * the kernel included. Return: the descriptor, owned by the caller, or -errno of userfaultfd(2). */
 int mf_uffd_open(void);
 
+/** mf_uffd_open_user() - the same for faults of user mode alone (UFFD_USER_MODE_ONLY, Linux 5.11),
+ * which takes no permission: a system call that touches memory which is not there fails with
+ * EFAULT. Return: as mf_uffd_open. */
+int mf_uffd_open_user(void);
+
 /** mf_uffd_feature_name() - the name of one feature bit in <linux/userfaultfd.h> without its prefix
  * and the kernel that brought it, e.g. "MINOR_SHMEM" and "5.14"; "unknown" and "a newer kernel" if
  * unknown.

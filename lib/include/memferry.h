@@ -30,6 +30,8 @@
  *    as 0.
  *  - Any thread may call any function at any time, except where "before start" is said. Functions
  *    take descriptors without taking them over: they keep duplicates of their own.
+ *  - Regions, contexts and mappings are added and removed on the thread that serves: while one
+ *    does, the call waits until that has a moment.
  *  - The thread that serves (memferry_server_start() or _run()) must never touch served memory,
  *    unmap it or wait for a thread that does: nobody would serve it. That holds for the callbacks
  *    too, which run on it.
@@ -130,7 +132,7 @@ struct memferry_server_options {
     /** spin_us: after a fault look for the next one for so long before going to sleep. It saves
      * wake-ups (half of a fault's time) and costs a processor. */
     uint32_t spin_us;
-    uint32_t flags; /**< MEMFERRY_FOLLOW_FORKS, MEMFERRY_REMOVE_DISCARDS */
+    uint32_t flags; /**< MEMFERRY_FOLLOW_FORKS, MEMFERRY_REMOVE_DISCARDS, MEMFERRY_USER_FAULTS */
 };
 
 /** Children of fork(2) are served as well. Needs CAP_SYS_PTRACE, and the child waits for the server
@@ -143,6 +145,9 @@ struct memferry_server_options {
  * at in /proc (some 10 microseconds a thread; for another process this takes CAP_SYS_PTRACE or its
  * user), and each read costs one system call more. What could not be seen counts as discarded. */
 #define MEMFERRY_REMOVE_DISCARDS 0x2u
+/** memferry_context_open() takes no permission (Linux 5.11), but only who touches memory itself
+ * waits: a system call that is given an address whose page is missing fails with EFAULT. */
+#define MEMFERRY_USER_FAULTS 0x4u
 
 /* ---- server --------------------------------------------------------------------------------- */
 
@@ -205,7 +210,8 @@ int memferry_server_fd(const struct memferry_server *server);
 /**
  * memferry_context_open() - a userfaultfd of the calling process, for its own memory.
  * Return: the context's number; -EPERM (needs CAP_SYS_PTRACE, the sysctl
- * vm.unprivileged_userfaultfd or the right to open /dev/userfaultfd), -EOPNOTSUPP (the kernel lacks
+ * vm.unprivileged_userfaultfd or the right to open /dev/userfaultfd; MEMFERRY_USER_FAULTS needs
+ * nothing), -EOPNOTSUPP (the kernel lacks
  * a feature that is needed, which memferry_why() names), -ENOSPC (MEMFERRY_CONTEXTS_MAX).
  */
 int memferry_context_open(struct memferry_server *server);

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -670,6 +671,33 @@ static void a_program_may_serve_in_its_own_loop(void **state)
     arena_free(&a);
 }
 
+/* ---- without any permission ---- */
+
+static void nobody_may_serve_faults_of_user_mode(void **state)
+{
+    (void)state;
+    pid_t child = fork();
+    if (child == 0) {
+        struct arena a;
+        struct toucher threads[THREADS];
+        if (getuid() == 0)
+            must(setgroups(0, NULL) == 0 && setgid(65534) == 0 && setuid(65534) == 0);
+        arena_make(&a, memory, PAGES, OPTIONS(.flags = MEMFERRY_USER_FAULTS),
+                   PROVIDER(.want = make_page));
+        memferry_server_start(a.server);
+        int sink = memfd_create("memferry-sink", MFD_CLOEXEC);
+        must(write(sink, arena_page(&a, 1), 8) < 0 && errno == EFAULT);
+        touch_by(threads, THREADS, &a, NULL);
+        join_all(threads, THREADS);
+        must(write(sink, arena_page(&a, 1), 8) == 8);
+        arena_free(&a);
+        _exit(0);
+    }
+    int status = 0;
+    must(waitpid(child, &status, 0) == child);
+    assert_int_equal(status, 0);
+}
+
 /* ---- misuse ---- */
 
 static void misuse_is_refused_with_a_sentence(void **state)
@@ -729,6 +757,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(who_waits_may_be_held_until_somebody_fills),
         cmocka_unit_test(a_page_that_cannot_be_had_may_be_poisoned),
         cmocka_unit_test(a_program_may_serve_in_its_own_loop),
+        cmocka_unit_test(nobody_may_serve_faults_of_user_mode),
         cmocka_unit_test(misuse_is_refused_with_a_sentence),
     };
     memory = arena_memory(argc, argv, 24);

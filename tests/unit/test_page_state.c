@@ -218,6 +218,21 @@ static void scramble(uint8_t model[PAGES])
     }
 }
 
+static void forgets_who_waits_or_all_but_that(void **state)
+{
+    (void)state;
+    EACH_BYTE(was)
+    {
+        assert_int_equal(mf_page_unfault(&pages, 7), was);
+        assert_int_equal(bytes[7], was & ~FAULT);
+    }
+    EACH_BYTE(was)
+    {
+        assert_int_equal(mf_page_forget(&pages, 7, 1), mf_page_resolvable(was));
+        assert_int_equal(bytes[7], was & FAULT);
+    }
+}
+
 static void confirms_empty_runs_like_the_model(void **state)
 {
     (void)state;
@@ -505,6 +520,7 @@ int main(void)
         cmocka_unit_test(notes_what_was_copied),
         cmocka_unit_test(discards_for_ever),
         cmocka_unit_test(notes_who_waits),
+        cmocka_unit_test(forgets_who_waits_or_all_but_that),
         cmocka_unit_test(confirms_empty_runs_like_the_model),
         cmocka_unit_test(marks_sent_like_the_model),
         cmocka_unit_test(finds_runs_of_bits_like_the_model),
