@@ -13,7 +13,7 @@ from harness.artifacts import build_root, program, test_program
 from harness.kernels import ProgramGuest, kernel_of_release
 from harness.testing import e2e
 
-ON_HUGE_PAGES = ("faults", "writes")
+ON_HUGE_PAGES = ("faults", "tracked", "writes")
 # Kernel in which it arrived: facts that are skipped before, as doc/kernel.md says.
 SINCE = {
     "continue_overwrites_poison": (6, 6),
@@ -22,7 +22,8 @@ SINCE = {
     "continue_on_a_guard_overwrites_it_or_is_eexist": (6, 15),
 }
 # Whole programs.
-PROGRAMS_SINCE = {"watch": (6, 7), "writes": (6, 7), "writes-hugetlb": (6, 7)}
+PROGRAMS_SINCE = {name: (6, 7) for name in
+                  ("tracked", "tracked-hugetlb", "watch", "writes", "writes-hugetlb")}
 # Debian's kernel lets only a tracer read protected memory from then on.
 PROTECTED_UNTIL = {"protected_memory_can_be_read": (7, 0)}
 

@@ -66,6 +66,20 @@ static bool is_explained(struct changes *c, uint64_t start_addr, uint64_t end_ad
     return false;
 }
 
+void changes_gone(struct changes *c, uint64_t start, uint64_t end)
+{
+    struct mf_mapping part;
+    struct mf_range dropped[1];
+    layout_changes(c);
+    for (uint64_t at = start; changes_part(c, at, end, &part);
+         at = part.start_addr + part.length_bytes)
+        if (!is_private(c, &part)) {
+            mark(c, part.region, part.offset_bytes, part.length_bytes, MF_PAGE_STALE);
+            mf_layout_unmap(&c->mover->layout, 0, part.start_addr,
+                            part.start_addr + part.length_bytes, dropped);
+        }
+}
+
 void changes_unmapped(struct changes *c, uint64_t start, uint64_t end)
 {
     struct mf_mapping part;

@@ -34,6 +34,10 @@ void changes_unmapped(struct changes *changes, uint64_t start_addr, uint64_t end
 void changes_moved(struct changes *changes, uint64_t from_addr, uint64_t to_addr,
                    uint64_t length_bytes);
 
+/** changes_gone() - no mapping is left in the range, which no event has told. Takes it out of the
+ * layout. */
+void changes_gone(struct changes *changes, uint64_t start_addr, uint64_t end_addr);
+
 /** changes_discarded() - the target is about to discard pages, of the file or of a mapping. */
 void changes_discarded(struct changes *changes, uint32_t region, uint64_t first, uint64_t pages);
 

@@ -26,10 +26,12 @@ struct tracker {
     struct mover *mover;
     struct mf_events events;
     int uffd; /**< of the target; the table of contexts is the tracking thread's own */
+    int maps_fd;
     struct changes changes;
     unsigned children; /**< contexts of processes that the target has forked */
-    bool refused;      /**< in the present look: something could not be watched */
-    bool unwatched;    /**< and so it was in the last one */
+    bool looked_before;
+    bool refused;   /**< in the present look: something could not be watched */
+    bool unwatched; /**< and so it was in the last one */
     bool too_many;
     int wake_fd;
     pthread_mutex_t lock; /**< of what follows */
@@ -39,16 +41,22 @@ struct tracker {
 
 /* ---- what events mean ---- */
 
-/* Is @part mapped where it was, by what the kernel says now? */
+/* Up to where is @part mapped, from its start on, by what the kernel says now? */
+static uint64_t mapped_to(const struct tracker *t, const struct mf_mapping *part)
+{
+    const uint64_t end = part->start_addr + part->length_bytes;
+    uint64_t at = part->start_addr;
+    struct mf_vma vma;
+    while (at < end && mf_vma_find(t->maps_fd, at, &vma) == 0 && vma.start_addr <= at &&
+           mf_events_region(&t->events, &vma) == (int)part->region &&
+           vma.offset_bytes - vma.start_addr == part->offset_bytes - part->start_addr)
+        at = vma.end_addr;
+    return at < end ? at : end;
+}
+
 static bool is_still_there(void *arg, const struct mf_mapping *part)
 {
-    const struct tracker *t = arg;
-    struct mf_vma vma;
-    const struct mf_context *target = mf_context_at(t->events.contexts, 0);
-    return target && mf_vma_find(target->maps_fd, part->start_addr, &vma) == 0 &&
-           vma.start_addr <= part->start_addr &&
-           mf_events_region(&t->events, &vma) == (int)part->region &&
-           vma.offset_bytes + (part->start_addr - vma.start_addr) == part->offset_bytes;
+    return mapped_to(arg, part) > part->start_addr;
 }
 
 static void unmapped(void *arg, uint32_t context, uint64_t start, uint64_t end)
@@ -178,10 +186,24 @@ static void watch_private(struct tracker *t, const struct mf_vma *vma)
             mf_uffd_register_wp(t->uffd, part.start_addr, part.length_bytes, &err);
 }
 
+/* What is known is watched, and stays so. To register it again by what lay there a moment ago might
+ * cut in two what lies there now, which mremap(2) would then refuse to move. */
+static bool is_known(const struct tracker *t, const struct mf_vma *vma)
+{
+    struct mf_mapping m;
+    return mf_layout_find(&t->mover->layout, 0, vma->start_addr, &m) &&
+           (int)m.region == mf_events_region(&t->events, vma) &&
+           m.offset_bytes - m.start_addr == vma->offset_bytes - vma->start_addr &&
+           (m.start_addr + m.length_bytes >= vma->end_addr ||
+            m.offset_bytes + m.length_bytes == t->mover->region[m.region].size_bytes);
+}
+
 static int look_at(void *arg, const struct mf_vma *vma)
 {
     struct tracker *t = arg;
-    if (mf_events_region(&t->events, vma) >= 0) {
+    if (t->looked_before && is_known(t, vma)) {
+        /* nothing to learn */
+    } else if (mf_events_region(&t->events, vma) >= 0) {
         int r = mf_events_learn(&t->events, 0, vma->start_addr, vma->end_addr);
         t->refused |= r < 0 && r != -ESRCH;
     } else if (t->mover->private_memory) {
@@ -190,15 +212,35 @@ static int look_at(void *arg, const struct mf_vma *vma)
     return 0;
 }
 
+/* What went without an event: the kernel sends none when System V memory is detached. */
+static void forget_gone(struct tracker *t)
+{
+    struct mf_mapping part;
+    mf_gate_close(&t->mover->gate);
+    for (uint64_t at = 0; changes_part(&t->changes, at, UINT64_MAX, &part);
+         at = part.start_addr + part.length_bytes) {
+        const uint64_t end = part.start_addr + part.length_bytes;
+        if (t->mover->region[part.region].kind == MF_MEMORY_PRIVATE)
+            continue;
+        const uint64_t gone = mapped_to(t, &part);
+        /* What will be told is pending from before it goes until it is read, which is here. */
+        if (gone < end && !is_pending(t))
+            changes_gone(&t->changes, gone, end);
+    }
+    mf_gate_open(&t->mover->gate);
+}
+
 static void look(struct tracker *t)
 {
     struct mf_copies *copies = t->mover->copies;
-    const struct mf_context *target = mf_context_at(&t->mover->contexts, 0);
     t->refused = false;
     drain(t);
-    int r = mf_vma_each(target->maps_fd, look_at, t);
+    int r = mf_vma_each(t->maps_fd, look_at, t);
     t->refused |= r < 0 && r != -ESRCH;
+    t->looked_before = true;
     drain(t);
+    if (r == 0)
+        forget_gone(t);
     if (t->refused != t->unwatched)
         mf_copies_writer(copies, t->refused, MF_DOUBT_UNWATCHED);
     t->unwatched = t->refused;
@@ -302,6 +344,7 @@ int tracker_start(struct mover *mover)
         return -1;
     t->mover = mover;
     t->uffd = target->uffd;
+    t->maps_fd = target->maps_fd;
     t->changes = (struct changes){.mover = mover, .is_still_there = is_still_there, .arg = t};
     t->events = (struct mf_events){.ops = &ops,
                                    .arg = t,
