@@ -27,6 +27,7 @@ struct mf_context {
      * seen; 0: they were read. */
     uint64_t unread_ns;
     bool child;             /**< came by a fork */
+    bool unknown;           /**< for its owner: what private memory it maps is not known */
     bool leaving;           /**< for its owner: it is being dropped */
     struct mf_zeros *zeros; /**< owned; private pages that were discarded here alone */
     unsigned maps_tries;    /**< for its owner: maps_fd was asked for in vain so often */

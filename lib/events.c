@@ -170,7 +170,7 @@ static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
     struct mf_mapping behind;
     struct mf_range dropped[2];
     if (!has_private(events) || events->layout->overflowed || events->limbo.count > 0 || !context ||
-        context->maps_fd < 0)
+        context->maps_fd < 0 || context->unknown || events->layout->unsettled)
         return false;
     mf_gate_close(events->gate);
     const uint64_t addr = fault->addr & ~UINT64_C(4095);

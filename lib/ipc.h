@@ -26,6 +26,7 @@ enum mf_ipc_type {
     MF_IPC_CONTEXT,   /**< with the userfaultfd; a source has one only if writes are tracked */
     MF_IPC_MAPS,      /**< with the open /proc/PID/maps of a context */
     MF_IPC_PAGEMAP,   /**< source, if writes are tracked: with /proc/PID/pagemap */
+    MF_IPC_SMAPS,     /**< likewise, to a successor: with the open /proc/PID/smaps of the target */
     MF_IPC_LAYOUT,    /**< destination with private memory: with its layout file */
     MF_IPC_POPULATED, /**< source with private memory: with /proc/PID/pagemap */
     MF_IPC_MAPPING,   /**< of what the userfaultfd watches, and of private memory in any case */

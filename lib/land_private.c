@@ -65,6 +65,10 @@ static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64
             return -E2BIG;
         if (r != -EEXIST && r != -ENOENT)
             return r;
+        /* The kernel looks for the mapping after it has looked for an event, so what is moved away
+         * in between is ENOENT too: its event is on the way. */
+        if (r == -ENOENT && mf_uffd_event_pending(uffd) != 0)
+            return -EAGAIN;
         /* EEXIST: it has the page. ENOENT: it is not mapped there in a way of which no event tells
          * (MADV_DONTFORK); who waits, if anybody does, must not wait for ever. */
         mf_uffd_wake(uffd, range.start_addr, range.length_bytes);

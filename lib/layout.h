@@ -47,6 +47,7 @@ struct mf_layout {
     /** How many pieces of private memory are mapped at a place of which only an event to come tells
      * (lib/limbo.h). As long as there are any, where a page is mapped can't be said. */
     _Atomic uint32_t owed;
+    bool unsettled;  /**< counted in `owed`: nothing is known yet (mf_layout_unsettle) */
     bool overflowed; /**< something was left out, and what is not here may be mapped all the same */
     struct mf_layout_entry entry[MF_LAYOUT_MAX];
 };
@@ -88,6 +89,20 @@ bool mf_layout_next(const struct mf_layout *layout, uint32_t region, uint64_t of
 
 /** mf_layout_get() - copy all mappings out, any thread. Return: how many. */
 unsigned mf_layout_get(const struct mf_layout *layout, struct mf_mapping *out, unsigned max);
+
+/** mf_layout_unsettle() - where private memory is mapped is still being found out: until
+ * mf_layout_settle() nothing is copied there, and no zeros are given. Writer only. */
+static inline void mf_layout_unsettle(struct mf_layout *layout)
+{
+    layout->unsettled = true;
+    atomic_fetch_add(&layout->owed, 1);
+}
+static inline void mf_layout_settle(struct mf_layout *layout)
+{
+    if (layout->unsettled)
+        atomic_fetch_sub(&layout->owed, 1);
+    layout->unsettled = false;
+}
 
 /** mf_layout_count() - how many mappings are known. Any thread. */
 static inline uint32_t mf_layout_count(const struct mf_layout *layout)

@@ -97,7 +97,7 @@ static int displace(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t c
 
 static void count_owed(const struct mf_limbo *limbo, struct mf_layout *layout)
 {
-    uint32_t owed = 0;
+    uint32_t owed = layout->unsettled;
     for (unsigned i = 0; i < limbo->count; i++)
         owed += limbo->piece[i].region != MF_REGION_ZEROS && is_kept(layout, &limbo->piece[i]);
     atomic_store_explicit(&layout->owed, owed, memory_order_release);
@@ -176,5 +176,11 @@ void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t 
         if (limbo->piece[i].context != context)
             limbo->piece[kept++] = limbo->piece[i];
     limbo->count = kept;
+    count_owed(limbo, layout);
+}
+
+void mf_limbo_clear(struct mf_limbo *limbo, struct mf_layout *layout)
+{
+    limbo->count = 0;
     count_owed(limbo, layout);
 }

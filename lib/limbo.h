@@ -50,3 +50,6 @@ unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32
 
 /** mf_limbo_forget() - a context is gone. */
 void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context);
+
+/** mf_limbo_clear() - no event is still to come: what is in limbo is gone. */
+void mf_limbo_clear(struct mf_limbo *limbo, struct mf_layout *layout);

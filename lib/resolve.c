@@ -150,16 +150,13 @@ static void give_private_zeros(const struct mf_resolver *resolver, uint32_t regi
     for (unsigned attempt = 0;; attempt++) {
         struct mf_range range;
         uint32_t cursor = 0, context = 0;
-        int r = 0;
         mf_gate_enter(resolver->lane);
-        while (mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes, &cursor,
-                              &range)) {
-            int one = zero_place(mf_context_uffd(resolver->contexts, range.context),
-                                 range.start_addr, range.length_bytes);
-            if (one < 0) {
-                r = one;
-                context = range.context;
-            }
+        int r = atomic_load_explicit(&resolver->layout->owed, memory_order_acquire) ? -EAGAIN : 0;
+        while (r == 0 && mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes,
+                                        &cursor, &range)) {
+            r = zero_place(mf_context_uffd(resolver->contexts, range.context), range.start_addr,
+                           range.length_bytes);
+            context = range.context;
         }
         mf_gate_exit(resolver->lane);
         if (r == 0)

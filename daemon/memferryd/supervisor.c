@@ -314,6 +314,17 @@ static int hand_over_maps(const struct session *session, int sock)
     return mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPS}, fd);
 }
 
+static int hand_over_layout(const struct session *session, int sock)
+{
+    char path[64];
+    int r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_LAYOUT}, session->layout_fd);
+    if (r < 0 || session->mover_restarts == 0 || session->target_exited)
+        return r;
+    snprintf(path, sizeof(path), "/proc/%d/smaps", (int)session->pid);
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    return fd < 0 ? 0 : mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_SMAPS}, fd);
+}
+
 static int hand_over(struct session *session, int sock, struct mf_error *err)
 {
     struct mf_mapping mappings[MF_MAPPINGS_MAX];
@@ -359,7 +370,7 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
     if (r == 0 && session->uffd >= 0 && !session->target_exited)
         r = hand_over_maps(session, sock);
     if (r == 0 && session->layout_fd >= 0)
-        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_LAYOUT}, session->layout_fd);
+        r = hand_over_layout(session, sock);
     for (unsigned i = 0; r == 0 && i < session->children.count; i++)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_CONTEXT, .context = {.child = true}},
                         session->children.uffd[i]);

@@ -215,7 +215,7 @@ int main(int argc, char **argv)
     mover.ipc_fd = atoi(argv[1]);
     mover.link.control.fd = -1;
     mover.link.urgent_fd = -1;
-    mover.pagemap_fd = mover.populated_fd = -1;
+    mover.pagemap_fd = mover.populated_fd = mover.smaps_fd = -1;
     tunnel_init(&mover.tunnel);
     pthread_mutex_init(&mover.link.reason_lock, NULL);
 

@@ -134,6 +134,7 @@ struct mover {
     int pagemap_fd;              /**< source: -1 if writes are not tracked */
     int populated_fd;            /**< source with private memory: /proc/PID/pagemap, else -1 */
     struct mf_layout layout;
+    int smaps_fd; /**< only during setup, and only for a successor with private memory; else -1 */
     struct mf_layout_file *layout_file; /**< destination with private memory, else NULL */
     bool private_memory;                /**< a region is private anonymous memory */
 

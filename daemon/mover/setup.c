@@ -126,6 +126,12 @@ static void set_layout(struct mover *mover, const struct mf_mapping *handed, uns
         else
             childrens++;
     }
+    if (kept < 0 && mover->smaps_fd >= 0) {
+        close(mover->smaps_fd);
+        mover->smaps_fd = -1;
+    }
+    if (mover->smaps_fd >= 0)
+        mf_layout_unsettle(&mover->layout);
     for (unsigned i = 0; i < handed_count && count < MF_LAYOUT_MAX; i++)
         if (kept < 0 || !is_private_mapping(mover, &handed[i]))
             mappings[count++] = handed[i];
@@ -199,8 +205,10 @@ void mover_setup(struct mover *mover)
             take_region(mover, &message, fd);
             break;
         case MF_IPC_CONTEXT:
-            if (fd < 0 || mf_contexts_add(&mover->contexts, fd, -1, message.context.child) < 0)
+            r = fd < 0 ? -EBADF : mf_contexts_add(&mover->contexts, fd, -1, message.context.child);
+            if (r < 0)
                 mover_fatal("memferryd handed over a userfaultfd that can't be used");
+            mf_context_at(&mover->contexts, (uint32_t)r)->unknown = message.context.child;
             break;
         case MF_IPC_MAPS:
             context = mf_context_at(&mover->contexts, message.context.index);
@@ -210,6 +218,9 @@ void mover_setup(struct mover *mover)
             break;
         case MF_IPC_PAGEMAP:
             mover->pagemap_fd = fd;
+            break;
+        case MF_IPC_SMAPS:
+            mover->smaps_fd = fd;
             break;
         case MF_IPC_LAYOUT:
             mover->layout_file = mf_layout_file_map(fd, &err);

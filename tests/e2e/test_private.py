@@ -102,10 +102,10 @@ def private_and_shared(sandbox):
 
 def hurt(sandbox, hurter, *options, ops=OPS.replace("F", "").replace("f", "")):
     """In rounds and after RELEASE; `hurter` is called with the pair."""
-    pair = Pair(sandbox, ops=ops, mib=32)
+    pair = Pair(sandbox, ops=ops, mib=96)
     pair.source.works()
     pair.receive()
-    verb = pair.begin("--bandwidth", "50M", *options)
+    verb = pair.begin("--bandwidth", "20M", *options)
     hurter(pair)
     pair.a.expect(0, "set", pair.name, "bandwidth=none")
     result = pair.finish(verb).json
@@ -126,8 +126,8 @@ def wait_sent(pair, states, mib=2):
 def private_kill_movers(sandbox):
     """Either mover dies after RELEASE, several times, while pages are moved, discarded and copied."""
     def hurter(pair):
-        for round_number in range(4):
-            wait_sent(pair, ("postcopy",), 1 + round_number)
+        for round_number in range(3):
+            wait_sent(pair, ("postcopy",), 0)
             time.sleep(0.3)
             need(pair.b.state(pair.name) == "postcopy", "it was over too soon to be hurt")
             pair.kill_mover((pair.b, pair.a)[round_number % 2])
@@ -140,7 +140,7 @@ def private_kill_movers(sandbox):
 def private_kill_after_rounds(sandbox):
     """What waits in the mover's file outlives it, and is answered for without being sent again."""
     def hurter(pair):
-        wait_sent(pair, ("precopy",), 6)
+        wait_sent(pair, ("precopy",), 3)
         pair.a.expect(0, "switch", pair.name)
         pair.b.wait_state(pair.name, ("postcopy", "recovering"), 60)
         pair.kill_mover(pair.b)
@@ -241,3 +241,4 @@ def private_owned_by_another(sandbox):
     need(result["state"] == "done", f"{result}")
     pair.check_arrived()
     pair.forget()
+

@@ -480,6 +480,14 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     return 0;
 }
 
+static bool event_pending; /* of a move: what was mapped there is there no more */
+
+int mf_uffd_event_pending(int uffd)
+{
+    (void)uffd;
+    return event_pending;
+}
+
 /* Others can't come in while the gate is held for as long as the kernel copies. */
 int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t length_bytes,
                  uint64_t *done_bytes)
@@ -494,9 +502,11 @@ int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t lengt
     for (uint64_t page = first; page < first + length_bytes / 4096; page++) {
         model_hook();
         int error = mapped[0][map][page]                                ? -EEXIST
+                    : below(80) == 0                                    ? -ENOENT
                     : below(40) == 0                                    ? -EAGAIN
                     : may_break && phase == RELEASED && below(300) == 0 ? -ENOMEM
                                                                         : 0;
+        event_pending = error == -ENOENT;
         if (error)
             return *done_bytes ? -EAGAIN : error;
         must(mf_page_state_of(dest_state[0][page]) == MF_PAGE_LANDING &&

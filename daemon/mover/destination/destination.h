@@ -75,5 +75,12 @@ unsigned changes_observe(struct mover *mover, uint32_t context);
 enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, uint32_t context,
                                 uint64_t start_addr, uint64_t end_addr);
 
+/* ---- catch_up.c ---- */
+
+/** catch_up() - a successor, before it serves anybody: bring the layout of private memory up to
+ * date.
+ * @read: read the events of a context. Fault thread. */
+void catch_up(struct mover *mover, void (*read)(void *arg, uint32_t context), void *arg);
+
 /* ---- faults.c ---- */
 struct fault_table *faults_table(struct mover *mover);

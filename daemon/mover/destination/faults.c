@@ -360,8 +360,6 @@ static void look_for_gone_children(struct fault_thread *t)
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
     int r = mf_events_read(&t->events, context);
-    if (r != 0)
-        mover_keep_layout(t->mover);
     if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
         /* The fork's event stays where it is, and with it everything that waits for a page of this
          * process, until a child has ended. */
@@ -387,6 +385,16 @@ static void on_event(void *argument, uint32_t context)
     bool event = read_messages(t, context);
     for (uint32_t i = 0; !event && i < t->mover->contexts.count; i++)
         event = i != context && read_messages(t, i);
+}
+
+static void changed(void *argument, uint32_t context, const struct uffd_msg *message,
+                    uint32_t child)
+{
+    struct fault_thread *t = argument;
+    (void)context;
+    (void)message;
+    (void)child;
+    mover_keep_layout(t->mover);
 }
 
 static void forked(void *argument, uint32_t parent, uint32_t context)
@@ -500,6 +508,8 @@ static void *fault_main(void *argument)
         arm_uffd(t, i);
     arm_kick(t);
     changes_learn(t->mover, &t->events);
+    catch_up(t->mover, on_event, t);
+    mf_limbo_clear(&t->events.limbo, &t->mover->layout);
     /* A poll says "readable" on the way from not to readable: what came before is read here. */
     for (uint32_t i = 0; i < t->mover->contexts.count; i++)
         mf_events_serve(&t->events, read_messages(t, i));
@@ -531,9 +541,10 @@ static void kick(struct fault_thread *t)
 }
 
 static const struct mf_events_ops discarding_ops = {
-    .fault = fault, .discard = discard, .forked = forked, .maps = maps};
+    .fault = fault, .discard = discard, .changed = changed, .forked = forked, .maps = maps};
 static const struct mf_events_ops telling_ops = {.fault = fault,
                                                  .discard = discard,
+                                                 .changed = changed,
                                                  .forked = forked,
                                                  .maps = maps,
                                                  .observe = observe,
