@@ -9,17 +9,18 @@
  * reads it. With --shared-model it lies in a region of its own, and there is nothing to save.
  *
  * usage: program serve SOCKET [--wait] [--shared-model] [--regions N] [--mib N] [--threads N]
- *                [--hugetlb | --private] [--ops LETTERS] [--seed N]
+ *                [--hugetlb | --private [--thp]] [--ops LETTERS] [--seed N]
  *        program ask SOCKET VERB        pause, resume, save (to stdout), load (from stdin), verify,
  *                                       status; prints the answer; exit 0 if it is OK
  * --wait: do nothing before `resume`.
+ * --thp: asks for huge pages (MADV_HUGEPAGE).
  * --private: the regions are private anonymous memory, at PRIVATE_ADDR; what is a change to a file
  *   there is one to the process's own pages here, a move leaves zeros behind, and children have
  *   copies. It moves nothing before it has been loaded: at the source, a page is its address.
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
- *   file anew, l lock and unlock (mlock), g grow and shrink (private only). The default is w, v, d,
- *   n, m, u, p and f.
+ *   file anew, l lock and unlock (mlock), r map for reading only, g grow and shrink (private only).
+ * The default is w, v, d, n, m, u, p and f.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -58,7 +59,7 @@ struct state_header {
 
 static unsigned regions = 2, threads = 3;
 static uint64_t region_bytes = UINT64_C(16) << 20, page_bytes = 4096;
-static bool hugetlb, private_memory, shared_model, waiting;
+static bool hugetlb, private_memory, huge, shared_model, waiting;
 static const char *ops = "wwwwvvvvdnmupf";
 static uint64_t seed = 1;
 
@@ -386,6 +387,21 @@ static void fork_child(struct worker *w, unsigned region, unsigned chunk, bool w
         set_generation(region, first + target, generation);
 }
 
+/* A mapping of the same file that can't be written to; one's own where no file holds it. */
+static void read_only(struct worker *w, unsigned region, unsigned chunk)
+{
+    const uint64_t bytes = chunk_pages() * page_bytes, page = draw(w, chunk_pages());
+    if (private_memory)
+        return;
+    uint8_t *at = mmap(NULL, bytes, PROT_READ, MAP_SHARED, region_fd[region],
+                       (off_t)(first_page(w, chunk) * page_bytes));
+    if (at == MAP_FAILED)
+        die("mmap for reading");
+    verify(at + page * page_bytes, region, first_page(w, chunk) + page);
+    if (munmap(at, bytes) != 0)
+        die("munmap");
+}
+
 /* Of private memory each has pages of its own from now on: the child writes and discards, and so
  * does its parent, and neither sees the other's. Both look at all pages, most of which neither had
  * when they parted. */
@@ -477,6 +493,10 @@ static void work_once(struct worker *w)
     case 'g':
         if (draw(w, 16) == 0 && private_memory && may_move())
             grow_and_shrink(w, region, chunk);
+        break;
+    case 'r':
+        if (draw(w, 16) == 0)
+            read_only(w, region, chunk);
         break;
     case 'l':
         lock_and_unlock(w, region, page, pages, at);
@@ -657,6 +677,8 @@ static void set_up_memory(void)
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_NORESERVE, -1,
                  0) != wanted)
             die("mmap of private memory");
+        if (huge && madvise(wanted, region_bytes, MADV_HUGEPAGE) != 0)
+            die("MADV_HUGEPAGE");
     }
     for (unsigned i = 0; !private_memory && i < regions; i++) {
         char name[32];
@@ -799,6 +821,10 @@ int main(int argc, char **argv)
         }
         if (strcmp(argv[i], "--private") == 0) {
             private_memory = true;
+            continue;
+        }
+        if (strcmp(argv[i], "--thp") == 0) {
+            huge = true;
             continue;
         }
         if (strcmp(argv[i], "--hugetlb") == 0) {

@@ -10,6 +10,7 @@ from harness.testing import e2e
 from test_faults import AFTER_RELEASE
 from test_migrate import put, whole_way
 from test_precopy import unlimit
+from test_process import Pair as ProcessPair
 
 CONVERGING = ("--max-blackout", "60000")
 
@@ -188,14 +189,9 @@ class _Range(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-def page_out(vm):
-    """Have the kernel move the VM's RAM to swap (process_madvise(2), MADV_PAGEOUT). Return: KiB there."""
-    with open(f"/proc/{vm.pid}/maps", encoding="utf-8", errors="replace") as maps:
-        ranges = [(int(m[1], 16), int(m[2], 16)) for m in
-                  re.finditer(rf"^(\w+)-(\w+) rw-s .*{re.escape(os.path.basename(vm.ram_files[0]))}",
-                              maps.read(), re.M)]
-    need(ranges, "QEMU maps no RAM file")
-    pidfd = os.pidfd_open(vm.pid)
+def page_out_ranges(pid, ranges):
+    """Have the kernel move these to swap. Return: KiB of the process that are there."""
+    pidfd = os.pidfd_open(pid)
     try:
         for start, end in ranges:
             # In pieces: a call ends early where a page can't be moved.
@@ -205,7 +201,17 @@ def page_out(vm):
                     raise Skip("process_madvise(2) is refused here")
     finally:
         os.close(pidfd)
-    return smaps_kib(vm.pid, "Swap")
+    return smaps_kib(pid, "Swap")
+
+
+def page_out(vm):
+    """Have the kernel move the VM's RAM to swap (process_madvise(2), MADV_PAGEOUT). Return: KiB there."""
+    with open(f"/proc/{vm.pid}/maps", encoding="utf-8", errors="replace") as maps:
+        ranges = [(int(m[1], 16), int(m[2], 16)) for m in
+                  re.finditer(rf"^(\w+)-(\w+) rw-s .*{re.escape(os.path.basename(vm.ram_files[0]))}",
+                              maps.read(), re.M)]
+    need(ranges, "QEMU maps no RAM file")
+    return page_out_ranges(vm.pid, ranges)
 
 
 def swapped(sandbox, mode):
@@ -254,3 +260,31 @@ def swapped_meanwhile(sandbox):
     page_out(pair.destination)
     pair.check_arrived()
     pair.forget()
+
+
+# ---- mappings of a process: locked, protected, for reading only, several of the same ----
+
+def mappings(sandbox, mode):
+    """Each page is in several mappings, of several rights, in the process and in its children."""
+    ops = "wwwvvvdmupllrrMMfF"
+    pair = ProcessPair(sandbox, "--ops", ops)
+    pair.source.works()
+    beats = pair.source.beats()
+    pair.migrate("--mode", mode, *(CONVERGING if mode == "precopy" else ()))
+    pair.check_arrived(beats)
+    pair.forget()
+
+
+@e2e()
+def mappings_hybrid(sandbox):
+    mappings(sandbox, "hybrid")
+
+
+@e2e()
+def mappings_postcopy(sandbox):
+    mappings(sandbox, "postcopy")
+
+
+@e2e()
+def mappings_precopy(sandbox):
+    mappings(sandbox, "precopy")

@@ -6,8 +6,9 @@ import signal
 import time
 
 from common import need
-from harness.sandbox import wait_until
+from harness.sandbox import Skip, wait_until
 from harness.testing import e2e
+from test_memory import page_out_ranges, smaps_kib, swap
 from test_process import Pair as ProcessPair
 
 PRIVATE_ADDR = 0x500000000000
@@ -189,6 +190,52 @@ def private_source_killed_after_release(sandbox):
     need("WRONG" not in pair.destination.said(), f"zeros were given out: {pair.destination.said()}")
     verb.interrupt()
     verb.wait(10)
+
+
+def huge_pages_kib(pair):
+    return smaps_kib(pair.source.pid, "AnonHugePages")
+
+
+@e2e()
+def private_thp(sandbox):
+    """Transparent huge pages at the source, and asked for at the destination: a page is a small one."""
+    pair = Pair(sandbox, "--thp", regions=1, mib=64, ops="wwwvvvvdmugl")
+    if not huge_pages_kib(pair):
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="ascii") as enabled:
+            raise Skip(f"no transparent huge pages here: {enabled.read().strip()}")
+    pair.source.works()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+def private_swapped(sandbox, mode):
+    swap(sandbox)
+    pair = Pair(sandbox, regions=1, mib=64, ops="wvvvvv")
+    ranges = [(PRIVATE_ADDR, PRIVATE_ADDR + (64 << 20))]
+    pair.source.works()
+    need(page_out_ranges(pair.source.pid, ranges) >= 4 << 10, "the source's memory should be in swap")
+    pair.receive()
+    verb = pair.begin("--mode", mode, "--bandwidth", "200M")
+    wait_until(lambda: (now := pair.a.status(pair.name)) and now["sent_bytes"] > 1 << 20, 30, "something is sent")
+    page_out_ranges(pair.source.pid, ranges)
+    page_out_ranges(pair.destination.pid, ranges)
+    result = pair.finish(verb).json
+    need(result["state"] == "done", f"{result}")
+    page_out_ranges(pair.destination.pid, ranges)
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e(limit_s=150)
+def private_swapped_hybrid(sandbox):
+    """In swap it is neither a hole nor missing, and at the destination no fault of ours."""
+    private_swapped(sandbox, "hybrid")
+
+
+@e2e(limit_s=150)
+def private_swapped_postcopy(sandbox):
+    private_swapped(sandbox, "postcopy")
 
 
 # ---- refusals ----

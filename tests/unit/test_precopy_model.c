@@ -327,10 +327,13 @@ static unsigned mapping_at(uint32_t region, unsigned at)
     return MAPS;
 }
 
+static bool
+    moved; /* what was mapped is there no more, as the last COPY found; its event is to come */
+
 int mf_uffd_event_pending(int uffd)
 {
     (void)uffd;
-    return unread.what != NOTHING;
+    return unread.what != NOTHING || moved;
 }
 
 int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
@@ -480,14 +483,6 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
     return 0;
 }
 
-static bool event_pending; /* of a move: what was mapped there is there no more */
-
-int mf_uffd_event_pending(int uffd)
-{
-    (void)uffd;
-    return event_pending;
-}
-
 /* Others can't come in while the gate is held for as long as the kernel copies. */
 int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t length_bytes,
                  uint64_t *done_bytes)
@@ -506,7 +501,7 @@ int mf_uffd_copy(int uffd, uint64_t start_addr, const void *from, uint64_t lengt
                     : below(40) == 0                                    ? -EAGAIN
                     : may_break && phase == RELEASED && below(300) == 0 ? -ENOMEM
                                                                         : 0;
-        event_pending = error == -ENOENT;
+        moved = error == -ENOENT;
         if (error)
             return *done_bytes ? -EAGAIN : error;
         must(mf_page_state_of(dest_state[0][page]) == MF_PAGE_LANDING &&
