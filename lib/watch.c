@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
 
@@ -402,6 +403,26 @@ static bool readable(int uffd)
     return poll(&ready, 1, 0) > 0 && (ready.revents & POLLIN);
 }
 
+/**
+ * take_over() - what is being mapped over something that was watched.
+ * The event that tells is sent when the new mapping is there, and its thread waits: so if it is
+ * watched before the event is read, it is from its first moment on. If the thread waits for
+ * something else, it is the old mapping that is registered once more, which changes nothing.
+ */
+static void take_over(const struct mf_watch *watch, const struct mf_blocked *call)
+{
+#ifdef SYS_mmap
+    const uint64_t page_mask = (uint64_t)sysconf(_SC_PAGESIZE) - 1;
+    if (call->number != SYS_mmap || !(call->args[3] & MAP_FIXED))
+        return;
+    const struct mf_watched one = {.start_addr = call->args[0],
+                                   .end_addr =
+                                       call->args[0] + ((call->args[1] + page_mask) & ~page_mask)};
+    if (one.start_addr < one.end_addr)
+        take_up(watch->uffd, &one);
+#endif
+}
+
 /** struct forker - the children of a thread that waits in a fork, before there is a new one. */
 struct forker {
     pid_t tid;
@@ -453,6 +474,7 @@ static size_t observe(struct mf_watch *watch, struct batch *batch)
         nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
     }
     for (size_t i = 0; i < batch->seen.count; i++) {
+        take_over(watch, &batch->blocked[i]);
         if (!forks(&batch->blocked[i]))
             continue;
         struct forker *forker = &batch->forkers[batch->forker_count++];

@@ -9,7 +9,9 @@
  * the kernel takes everything back by itself and lets go of threads that wait for an event to be
  * read. (A session's userfaultfd is treated the other way round: there, pages would be lost.)
  *
- * The process does wait for each event to be read. Whoever watches must keep reading.
+ * The process does wait for each event to be read. Whoever watches must keep reading. New mappings
+ * are found by looking (mf_watch_scan()); only what is mapped over something that is watched is
+ * watched at once.
  *
  * Not thread-safe: one thread a watch. Needs CAP_SYS_PTRACE, and what lib/inject.h needs.
  */

@@ -27,7 +27,7 @@
 #include "lib/watch.h"
 #include "lib/watch_files.h"
 
-#define PACE_MS 10 /**< between two looks at what sends no event */
+#define PACE_MS 5 /**< between two looks at what sends no event */
 #define SCAN_ANYWAY_NS                                                                             \
     UINT64_C(250000000)                  /**< mappings may be replaced by others of equal size     \
                                           */
@@ -301,8 +301,11 @@ static void run(struct monitor *monitor, int signal_fd)
         uint64_t begin_ns = mf_now_ns();
         bool due = begin_ns - looked_ns > PACE_MS * UINT64_C(1000000) + 10 * cost_ns;
         for (size_t i = 0; i < monitor->count; i++) {
-            if (due || monitor->list[i]->scanned_ns == 0)
-                look_after(monitor, monitor->list[i]);
+            struct followed *one = monitor->list[i];
+            if (due || one->scanned_ns == 0)
+                look_after(monitor, one);
+            else if (one->watch.stale && !one->unwatched)
+                scan_if_due(monitor, one);
         }
         if (due) {
             looked_ns = mf_now_ns();

@@ -317,6 +317,31 @@ def monitor_threads_at_once(sandbox):
 
 
 @e2e()
+def monitor_mapped_over(sandbox):
+    """What is mapped over something that is watched is watched from its first moment on."""
+    victim = Victim(sandbox)
+    length, rounds, threads = 8 * PAGE, 500, range(4)
+    for thread in threads:
+        victim.map(AREA + thread * GIB, length)
+    monitor = Monitor(sandbox, victim.pid)
+    for thread in threads:
+        victim.tell(thread, "call", rounds, MMAP, AREA + thread * GIB, length - 5, PROT_RW,
+                    PRIVATE | ANONYMOUS | FIXED, 2**64 - 1, 0)
+    for thread in threads:
+        need(victim.answer(thread) == AREA + thread * GIB, "the victim's calls fail")
+    events = monitor.next(rounds * len(threads))
+    for thread in threads:
+        at = AREA + thread * GIB
+        got = [(event["event"], event["start"], event["end"], event["reason"]) for event in events
+               if event["tid"] == victim.tids[thread]]
+        need(got == [("unmap", at, at + length, "mmap-over")] * rounds, f"thread {thread}: {len(got)} events")
+        victim.call(thread, MUNMAP, at, length)
+        monitor.expect(raw(victim.pid, victim.tids[thread], "unmap", at, at + length, "munmap"))
+    monitor.nothing_more()
+    monitor.stop()
+
+
+@e2e()
 def monitor_same_call(sandbox):
     """Threads that make equal calls, and calls that differ in the advice only, at the same time."""
     victim = Victim(sandbox)
