@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -499,6 +500,96 @@ static void a_successor_takes_over_where_a_server_ended(void **state)
     close(states);
 }
 
+/* ---- a server that is killed, and the next ---- */
+
+#define SERVERS 6u
+
+static int make_slowly(void *arg, struct memferry_server *server, struct memferry_want *want)
+{
+    if (want->first_page % 7 == 0)
+        nap_ms(1);
+    return make_page(arg, server, want);
+}
+
+/* The memory of its parent, from the userfaultfd and the states that it shares with it. */
+static _Noreturn void serve_parent(struct arena *a, int uffd, int states, int go, bool first)
+{
+    struct runner filler;
+    char byte;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (read(go, &byte, 1) != 1)
+        _exit(0);
+    must(memferry_server_new(OPTIONS(.flags = MEMFERRY_REMOVE_DISCARDS), &a->server) == 0);
+    must(memferry_server_set_provider(a->server, PROVIDER(.want = make_slowly)) == 0);
+    must(memferry_context_adopt(a->server, uffd, getppid()) == 0);
+    must(memferry_region_add(a->server, &(struct memferry_region){
+                                            .struct_bytes = sizeof(struct memferry_region),
+                                            .memory = memory,
+                                            .length_bytes = a->length_bytes,
+                                            .fd = a->fd,
+                                            .states_in_file = 1,
+                                            .states_fd = states,
+                                            .flags = first ? 0 : MEMFERRY_REGION_TAKE_OVER}) == 0);
+    must(memferry_mapping_add(
+             a->server,
+             &(struct memferry_mapping){.struct_bytes = sizeof(struct memferry_mapping),
+                                        .start_addr = (uintptr_t)a->at,
+                                        .length_bytes = a->length_bytes,
+                                        .flags = first ? 0 : MEMFERRY_MAPPING_REGISTERED}) == 0);
+    must(memferry_server_start(a->server) == 0);
+    must(write(go, "", 1) == 1);
+    nap_ms(2);
+    runner_start(&filler, fill_all, a);
+    for (;;)
+        pause();
+}
+
+static void nothing_is_lost_when_servers_are_killed(void **state)
+{
+    (void)state;
+    struct arena a;
+    struct runner touchers[2];
+    int go[SERVERS][2];
+    pid_t pid[SERVERS];
+    char byte;
+    uint64_t random = 5;
+    arena_map(&a, memory, PAGES);
+    int states = memfd_create("memferry-states", MFD_CLOEXEC);
+    must(ftruncate(states, (off_t)a.pages) == 0);
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    must(uffd >= 0);
+    for (unsigned i = 0; i < SERVERS; i++) { /* while there are no threads yet */
+        must(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, go[i]) == 0);
+        pid[i] = fork();
+        if (pid[i] == 0)
+            serve_parent(&a, uffd, states, go[i][1], i == 0);
+    }
+    for (unsigned i = 0; i < SERVERS; i++) {
+        must(write(go[i][0], "", 1) == 1 && read(go[i][0], &byte, 1) == 1);
+        for (unsigned k = 0; i == 0 && k < 2; k++)
+            runner_start(&touchers[k], touch_all, &a);
+        if (i + 1 == SERVERS)
+            break;
+        nap_ms((unsigned)random_below(&random, 8));
+        kill(pid[i], SIGKILL);
+        must(waitpid(pid[i], NULL, 0) == pid[i]);
+    }
+    for (unsigned k = 0; k < 2; k++)
+        runner_join(&touchers[k]);
+    kill(pid[SERVERS - 1], SIGKILL);
+    must(waitpid(pid[SERVERS - 1], NULL, 0) == pid[SERVERS - 1]);
+    close(uffd);
+    touch_all(&a);
+    munmap(a.at, a.length_bytes);
+    for (unsigned i = 0; i < SERVERS; i++) {
+        close(go[i][0]);
+        close(go[i][1]);
+    }
+    close(states);
+    if (a.fd >= 0)
+        close(a.fd);
+}
+
 /* ---- another process ---- */
 
 static void send_fd(int sock, int fd)
@@ -594,6 +685,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_page_may_be_unmapped_while_somebody_waits_for_it),
         cmocka_unit_test(a_child_finds_the_same_pages),
         cmocka_unit_test(a_successor_takes_over_where_a_server_ended),
+        cmocka_unit_test(nothing_is_lost_when_servers_are_killed),
         cmocka_unit_test(the_memory_of_another_process_is_served),
     };
     memory = arena_memory(argc, argv, 24);
