@@ -72,7 +72,9 @@ struct session {
     pid_t pid;
     int pidfd;
     struct event *pidfd_event;
+    struct event *exec_event; /**< looks from time to time: nothing tells of an execve(2) */
     bool target_exited;
+    unsigned exec_seen; /**< so often its memory was seen to be gone while it lived */
     struct mf_region_source region[MF_REGIONS_MAX];
     unsigned region_count;
     uint64_t ram_bytes, total_pages;

@@ -9,6 +9,7 @@
 #include "daemon/memferryd/session.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,15 +42,49 @@ static void on_target_exit(evutil_socket_t fd, short what, void *arg)
     session_event(session, MF_EV_TARGET_EXITED);
 }
 
+/* Its memory is gone while it lives: it has become another program. An exit is told by the pidfd,
+ * but the memory goes a moment before that, so it has to be seen twice. */
+static void look_for_exec(evutil_socket_t fd, short what, void *arg)
+{
+    struct session *session = arg;
+    struct pollfd exited = {.fd = session->pidfd, .events = POLLIN};
+    (void)fd;
+    (void)what;
+    if (session->target_exited || session->uffd < 0 || mf_uffd_alive(session->uffd) ||
+        poll(&exited, 1, 0) != 0) {
+        session->exec_seen = 0;
+        return;
+    }
+    if (++session->exec_seen < 2)
+        return;
+    session->target_exited = true; /* what is known of it */
+    event_del(session->exec_event);
+    if (session->starting) {
+        session_reject(session, "the %s of %s became another program while it was being prepared",
+                       session_noun(session), session->name);
+        return;
+    }
+    if (!session_ended(session) && !session->released)
+        session_set_reason(session,
+                           "the %s of %s (pid %d) became another program (execve) on this host: "
+                           "its memory is gone",
+                           session_noun(session), session->name, (int)session->pid);
+    session_event(session, MF_EV_TARGET_EXITED);
+}
+
 static int watch(struct session *session, struct mf_error *err)
 {
+    static const struct timeval often = {.tv_usec = 500000};
     session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
     if (session->pidfd < 0)
         return mf_fail(err, errno, "cannot watch the %s of %s (pid %d): %s", session_noun(session),
                        session->name, (int)session->pid, strerror(errno));
     session->pidfd_event = event_new(daemon_base(session->daemon), session->pidfd,
                                      EV_READ | EV_PERSIST, on_target_exit, session);
-    if (!session->pidfd_event || event_add(session->pidfd_event, NULL) != 0)
+    session->exec_event =
+        event_new(daemon_base(session->daemon), -1, EV_PERSIST, look_for_exec, session);
+    if (!session->pidfd_event || event_add(session->pidfd_event, NULL) != 0 ||
+        !session->exec_event || event_add(session->exec_event, &often) != 0)
         return mf_fail(err, ENOMEM, "cannot watch the %s of %s: out of memory",
                        session_noun(session), session->name);
     return 0;
@@ -452,6 +487,9 @@ void target_let_go(struct session *session)
     if (session->pidfd_event)
         event_free(session->pidfd_event);
     session->pidfd_event = NULL;
+    if (session->exec_event)
+        event_free(session->exec_event);
+    session->exec_event = NULL;
     target_stop_watching(session);
     if (session->pidfd >= 0)
         close(session->pidfd);

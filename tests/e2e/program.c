@@ -658,6 +658,10 @@ static void answer(int fd)
         snprintf(text, sizeof(text), "OK pages=%llu wrong=%llu", (unsigned long long)verified_pages,
                  (unsigned long long)wrong_pages);
         pthread_mutex_unlock(&lock);
+    } else if (strcmp(verb, "exec") == 0) {
+        mf_write_all(fd, "OK", 2);
+        close(fd);
+        execl("/bin/sleep", "sleep", "1000", (char *)NULL);
     } else if (strcmp(verb, "status") == 0) {
         snprintf(text, sizeof(text), "OK beats=%llu wrong=%llu parked=%d",
                  (unsigned long long)beats, (unsigned long long)wrong_pages,

@@ -670,6 +670,25 @@ def process_target_dies(sandbox):
     pair.forget()
 
 
+@e2e(limit_s=120)
+def process_becomes_another(sandbox):
+    """execve takes the memory away from under a session, at either side; nothing tells of it."""
+    pair = Pair(sandbox)
+    pair.receive()
+    pair.destination.ask("exec")
+    wait_until(lambda: pair.b.state(pair.name) == "failed", 10, "the session ends with the memory")
+    need("became another program" in pair.b.status(pair.name)["reason"], str(pair.b.status(pair.name)))
+    pair.fresh_destination()
+    pair.receive()
+    verb = pair.begin("--mode", "hybrid", "--bandwidth", "2M")
+    pair.a.wait_state(pair.name, "precopy")
+    pair.source.ask("exec")
+    answer = pair.finish(verb, code=1)
+    need("became another program" in answer.json["reason"], f"the reason: {answer}")
+    pair.destination.kill()
+    pair.forget()
+
+
 @e2e(limit_s=240)
 def process_cancel_at_random(sandbox):
     """Time and again, until it was too late once: then it has arrived."""
