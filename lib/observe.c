@@ -273,8 +273,10 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
     return skipping ? -EAGAIN : (ssize_t)count;
 }
 
-#define SETTLE_LIMIT_NS 50000000u /**< a thread that has to go on may have to wait for a CPU */
-#define SPURIOUS_RUN_NS 200000u   /**< more than it takes to look and sleep again */
+/* A thread that was woken gets to a CPU sooner or later, and on a busy machine later. */
+#define WOKEN_LIMIT_NS UINT64_C(1000000000)
+#define SETTLE_LIMIT_NS UINT64_C(200000000)
+#define SPURIOUS_RUN_NS 200000u /**< more than it takes to look and sleep again */
 
 /** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
  * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
@@ -290,7 +292,7 @@ static ssize_t look_settled(const struct subject *of, const struct pass *before,
             before = NULL;
             continue;
         }
-        if (count < 0 || pass->woken == 0 || mf_now_ns() - start_ns > SETTLE_LIMIT_NS)
+        if (count < 0 || pass->woken == 0 || mf_now_ns() - start_ns > WOKEN_LIMIT_NS)
             return count;
         nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
         pause_ns = pause_ns < 1000000 ? pause_ns * 2 : pause_ns;
