@@ -16,7 +16,7 @@
 
 #include "tests/kernel/area.h"
 
-#define PATIENCE_S 20
+#define PATIENCE_S 60
 
 void must_be(bool condition, const char *what, const char *file, int line)
 {
@@ -160,4 +160,155 @@ void nap_ms(unsigned ms)
 {
     nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000},
               NULL);
+}
+
+/* ---- providers ---- */
+
+bool every_third(uint64_t page)
+{
+    return page % 3 == 0;
+}
+
+_Atomic uint64_t asked[ARENA_PAGES_MAX];
+
+int make_page(void *arg, struct memferry_server *server, struct memferry_want *want)
+{
+    (void)arg;
+    (void)server;
+    atomic_fetch_add(&asked[want->first_page], 1);
+    for (uint64_t i = 0; i < want->pages; i++)
+        page_make((uint8_t *)want->bytes + i * want->page_bytes, want->page_bytes,
+                  want->first_page + i, 1);
+    return MEMFERRY_DATA;
+}
+
+int make_page_or_zero(void *arg, struct memferry_server *server, struct memferry_want *want)
+{
+    want->pages = 1;
+    return every_third(want->first_page) ? MEMFERRY_ZERO : make_page(arg, server, want);
+}
+
+/* ---- threads that touch, fill and discard ---- */
+
+static void touch_all(void *argument)
+{
+    const struct toucher *t = argument;
+    const struct arena *a = t->arena;
+    uint64_t state = t->seed, start = random_below(&state, a->pages);
+    const bool down = random_below(&state, 2);
+    for (uint64_t i = 0; i < a->pages; i++) {
+        uint64_t page = (down ? start + a->pages - i : start + i) % a->pages;
+        if (t->zero && t->zero(page))
+            must(page_is_zero(arena_page(a, page), a->page_bytes));
+        else
+            must(page_is(arena_page(a, page), a->page_bytes, page, t->generation));
+    }
+}
+
+void touch_by(struct toucher *threads, unsigned count, const struct arena *arena,
+              bool (*zero)(uint64_t page))
+{
+    for (unsigned i = 0; i < count; i++) {
+        threads[i] = (struct toucher){.arena = arena, .seed = i + 1, .generation = 1, .zero = zero};
+        runner_start(&threads[i].runner, touch_all, &threads[i]);
+    }
+}
+
+void join_all(struct toucher *threads, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        runner_join(&threads[i].runner);
+}
+
+void fill_all(void *argument)
+{
+    const struct filler *f = argument;
+    const struct arena *a = f->arena;
+    uint64_t state = f->seed;
+    const uint64_t most = a->page_bytes > 65536 ? 2 : 40;
+    uint8_t *bytes = malloc(most * a->page_bytes);
+    uint64_t page = 0;
+    for (;;) {
+        uint64_t run = memferry_next_missing(a->server, a->region, &page);
+        if (run == 0)
+            break;
+        uint64_t pages = 1 + random_below(&state, most);
+        if (pages > run)
+            pages = run;
+        if (f->zero && every_third(page)) {
+            must(memferry_fill_zero(a->server, a->region, page, 1) == 0);
+            page++;
+            continue;
+        }
+        for (uint64_t i = 0; i < pages; i++) {
+            if (f->zero && every_third(page + i))
+                pages = i;
+            else
+                page_make(bytes + i * a->page_bytes, a->page_bytes, page + i, 1);
+        }
+        must(memferry_fill(a->server, a->region, page, pages, bytes) == 0);
+        page += pages;
+    }
+    free(bytes);
+}
+
+int arena_discard(const struct arena *a, uint64_t page, uint64_t pages)
+{
+    return madvise(arena_page(a, page), pages * a->page_bytes,
+                   a->memory == MEMFERRY_ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE);
+}
+
+uint8_t *arena_reserve(const struct arena *a, uint64_t length_bytes)
+{
+    uint8_t *at =
+        mmap(NULL, length_bytes + a->page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(at != MAP_FAILED);
+    at += a->page_bytes - 1;
+    return at - (uintptr_t)at % a->page_bytes;
+}
+
+/* ---- what the server tells ---- */
+
+struct memferry_figures figures_of(const struct arena *a)
+{
+    struct memferry_figures figures = {.struct_bytes = sizeof(figures)};
+    memferry_figures(a->server, &figures);
+    return figures;
+}
+
+void await_counted(const struct arena *a, uint64_t pages)
+{
+    struct memferry_figures f;
+    for (unsigned i = 0; i < 20000; i++, nap_ms(1)) {
+        f = figures_of(a);
+        if (f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages >= pages)
+            break;
+    }
+    must(f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages == pages);
+}
+
+void tell(void *arg, const struct memferry_change *change)
+{
+    struct told *told = arg;
+    pthread_mutex_lock(&told->lock);
+    if (told->count < 64)
+        told->change[told->count++] = *change;
+    pthread_mutex_unlock(&told->lock);
+}
+
+struct memferry_change await_change(struct told *told, uint32_t kind, const void *start,
+                                    uint64_t length_bytes)
+{
+    struct memferry_change found = {0};
+    for (unsigned i = 0; i < 20000 && !found.struct_bytes; i++, nap_ms(1)) {
+        pthread_mutex_lock(&told->lock);
+        for (unsigned k = 0; k < told->count; k++)
+            if (told->change[k].kind == kind &&
+                (!start || (told->change[k].start_addr == (uintptr_t)start &&
+                            told->change[k].end_addr == (uintptr_t)start + length_bytes)))
+                found = told->change[k];
+        pthread_mutex_unlock(&told->lock);
+    }
+    must(found.struct_bytes == sizeof(found));
+    return found;
 }

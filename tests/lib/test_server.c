@@ -8,120 +8,23 @@
 #include <grp.h>
 #include <poll.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
 
-#include "proto/frame.h"
 #include "tests/lib/arena.h"
 
-#define PAGES 512u
+#define PAGES ARENA_PAGES_MAX
 #define THREADS 4u
 
 static enum memferry_memory memory;
-
-#define OPTIONS(...)                                                                               \
-    (&(struct memferry_server_options){.struct_bytes = sizeof(struct memferry_server_options),     \
-                                       __VA_ARGS__})
-#define PROVIDER(...)                                                                              \
-    (&(struct memferry_provider){.struct_bytes = sizeof(struct memferry_provider), __VA_ARGS__})
-
-/* ---- threads that touch memory ---- */
-
-struct toucher {
-    struct runner runner;
-    const struct arena *arena;
-    uint64_t seed, generation;
-    bool (*zero)(uint64_t page); /* which pages are zeros; NULL: none */
-};
-
-/* Look at every page, from a random one on, up or down. */
-static void touch_all(void *argument)
-{
-    const struct toucher *t = argument;
-    const struct arena *a = t->arena;
-    uint64_t state = t->seed, start = random_below(&state, a->pages);
-    const bool down = random_below(&state, 2);
-    for (uint64_t i = 0; i < a->pages; i++) {
-        uint64_t page = (down ? start + a->pages - i : start + i) % a->pages;
-        if (t->zero && t->zero(page))
-            must(page_is_zero(arena_page(a, page), a->page_bytes));
-        else
-            must(page_is(arena_page(a, page), a->page_bytes, page, t->generation));
-    }
-}
-
-static void touch_by(struct toucher *threads, unsigned count, const struct arena *arena,
-                     bool (*zero)(uint64_t page))
-{
-    for (unsigned i = 0; i < count; i++) {
-        threads[i] = (struct toucher){.arena = arena, .seed = i + 1, .generation = 1, .zero = zero};
-        runner_start(&threads[i].runner, touch_all, &threads[i]);
-    }
-}
-
-static void join_all(struct toucher *threads, unsigned count)
-{
-    for (unsigned i = 0; i < count; i++)
-        runner_join(&threads[i].runner);
-}
-
-/* ---- providers ---- */
-
-static bool every_third(uint64_t page)
-{
-    return page % 3 == 0;
-}
-
-static _Atomic uint64_t asked[PAGES];
-
-static int make_page(void *arg, struct memferry_server *server, struct memferry_want *want)
-{
-    (void)arg;
-    (void)server;
-    atomic_fetch_add(&asked[want->first_page], 1);
-    for (uint64_t i = 0; i < want->pages; i++)
-        page_make((uint8_t *)want->bytes + i * want->page_bytes, want->page_bytes,
-                  want->first_page + i, 1);
-    return MEMFERRY_DATA;
-}
-
-static int make_page_or_zero(void *arg, struct memferry_server *server, struct memferry_want *want)
-{
-    want->pages = 1;
-    return every_third(want->first_page) ? MEMFERRY_ZERO : make_page(arg, server, want);
-}
-
-static struct memferry_figures figures_of(const struct arena *a)
-{
-    struct memferry_figures figures = {.struct_bytes = sizeof(figures)};
-    memferry_figures(a->server, &figures);
-    return figures;
-}
-
-/* A page is counted after its waiters were let go. */
-static void await_counted(const struct arena *a, uint64_t pages)
-{
-    struct memferry_figures f;
-    for (unsigned i = 0; i < 20000; i++, nap_ms(1)) {
-        f = figures_of(a);
-        if (f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages >= pages)
-            break;
-    }
-    must(f.data_pages + f.zero_pages + f.present_pages + f.discarded_pages == pages);
-}
-
-/* ---- tests ---- */
 
 static void many_threads_ask_for_each_page_once(void **state)
 {
@@ -267,45 +170,6 @@ static void pages_may_come_later_from_any_thread(void **state)
 
 /* ---- filling in the background ---- */
 
-struct filler {
-    struct runner runner;
-    const struct arena *arena;
-    uint64_t seed;
-    bool zero;
-};
-
-static void fill_all(void *argument)
-{
-    const struct filler *f = argument;
-    const struct arena *a = f->arena;
-    uint64_t state = f->seed;
-    const uint64_t most = a->page_bytes > 65536 ? 2 : 40;
-    uint8_t *bytes = malloc(most * a->page_bytes);
-    uint64_t page = 0;
-    for (;;) {
-        uint64_t run = memferry_next_missing(a->server, a->region, &page);
-        if (run == 0)
-            break;
-        uint64_t pages = 1 + random_below(&state, most);
-        if (pages > run)
-            pages = run;
-        if (f->zero && every_third(page)) {
-            must(memferry_fill_zero(a->server, a->region, page, 1) == 0);
-            page++;
-            continue;
-        }
-        for (uint64_t i = 0; i < pages; i++) {
-            if (f->zero && every_third(page + i))
-                pages = i;
-            else
-                page_make(bytes + i * a->page_bytes, a->page_bytes, page + i, 1);
-        }
-        must(memferry_fill(a->server, a->region, page, pages, bytes) == 0);
-        page += pages;
-    }
-    free(bytes);
-}
-
 static void filling_races_with_faults(void **state)
 {
     (void)state;
@@ -389,251 +253,6 @@ static void what_lies_in_the_file_is_only_mapped(void **state)
     join_all(threads, THREADS);
     await_counted(&a, 2 * a.pages);
     assert_int_equal(figures_of(&a).present_pages, 2 * a.pages);
-    arena_free(&a);
-}
-
-/* ---- snapshots ---- */
-
-static int snapshot_file(const struct arena *a, uint64_t offset_bytes)
-{
-    int fd = memfd_create("memferry-snapshot", MFD_CLOEXEC);
-    uint8_t *bytes = malloc(a->page_bytes);
-    must(fd >= 0);
-    for (uint64_t page = 0; page < a->pages; page++) {
-        if (every_third(page))
-            continue; /* a hole */
-        page_make(bytes, a->page_bytes, page, 1);
-        must(pwrite(fd, bytes, a->page_bytes, (off_t)(offset_bytes + page * a->page_bytes)) ==
-             (ssize_t)a->page_bytes);
-    }
-    free(bytes);
-    return fd;
-}
-
-static void a_snapshot_is_restored_as_it_is_touched(void **state)
-{
-    (void)state;
-    for (uint32_t around = 0; around <= 16; around += 16) {
-        struct arena a;
-        struct toucher threads[THREADS];
-        struct memferry_provider provider = {.struct_bytes = sizeof(provider)};
-        arena_map(&a, memory, PAGES);
-        int snapshot = snapshot_file(&a, 3 * a.page_bytes);
-        assert_int_equal(
-            memferry_provider_file(
-                &(struct memferry_file){sizeof(struct memferry_file), snapshot, 3 * a.page_bytes},
-                1, &provider),
-            0);
-        close(snapshot);
-        assert_int_equal(memferry_server_new(OPTIONS(.around_pages = around), &a.server), 0);
-        assert_int_equal(memferry_server_set_provider(a.server, &provider), 0);
-        arena_watch(&a);
-        memferry_server_start(a.server);
-        touch_by(threads, THREADS, &a, every_third);
-        join_all(threads, THREADS);
-        arena_free(&a);
-    }
-}
-
-/* ---- a peer ---- */
-
-struct peer {
-    int fd;
-    const struct arena *arena;
-    unsigned answers; /* hang up after so many, 0: never */
-    bool unasked;     /* send neighbours too */
-};
-
-static bool send_all(int fd, const void *data, size_t length_bytes)
-{
-    const uint8_t *at = data;
-    while (length_bytes > 0) {
-        ssize_t n = send(fd, at, length_bytes, MSG_NOSIGNAL);
-        if (n <= 0)
-            return false;
-        at += n;
-        length_bytes -= (size_t)n;
-    }
-    return true;
-}
-
-static void answer_peer(void *argument)
-{
-    struct peer *p = argument;
-    const struct arena *a = p->arena;
-    uint8_t header[MF_FRAME_HEADER_BYTES], *bytes = malloc(a->page_bytes);
-    struct mf_frame frame;
-    const char *why;
-    for (unsigned answered = 1;
-         recv(p->fd, header, sizeof(header), MSG_WAITALL) == (ssize_t)sizeof(header); answered++) {
-        must(mf_frame_decode(header, &frame, &why) == 0 && frame.type == MF_FRAME_REQUEST);
-        uint64_t pages = p->unasked && frame.first_page + 2 <= a->pages ? 2 : 1;
-        for (uint64_t page = frame.first_page; page < frame.first_page + pages; page++) {
-            const bool zero = every_third(page);
-            mf_frame_encode(&(struct mf_frame){.type = zero ? MF_FRAME_ZERO : MF_FRAME_DATA,
-                                               .region = frame.region,
-                                               .first_page = page,
-                                               .pages = 1,
-                                               .length_bytes = zero ? 0 : a->page_bytes},
-                            header);
-            page_make(bytes, a->page_bytes, page, 1);
-            /* The last answer breaks off in the middle of a page. */
-            const bool last = p->answers && answered == p->answers;
-            if (!send_all(p->fd, header, sizeof(header)) ||
-                (!zero && !send_all(p->fd, bytes, last ? a->page_bytes / 2 : a->page_bytes)))
-                break;
-            if (last) {
-                shutdown(p->fd, SHUT_RDWR);
-                break;
-            }
-        }
-    }
-    close(p->fd);
-    free(bytes);
-}
-
-static _Atomic int times_lost;
-static void count_lost(void *arg, int error)
-{
-    (void)arg;
-    must(error == -ECONNRESET || error == -EPROTO);
-    atomic_fetch_add(&times_lost, 1);
-}
-
-static void pages_come_from_a_peer_and_from_the_next_when_it_is_lost(void **state)
-{
-    (void)state;
-    struct arena a;
-    struct toucher threads[THREADS];
-    struct memferry_provider provider = {.struct_bytes = sizeof(provider)};
-    int pair[2];
-    atomic_store(&times_lost, 0);
-    arena_map(&a, memory, PAGES);
-    assert_int_equal(memferry_server_new(NULL, &a.server), 0);
-    assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
-    assert_int_equal(memferry_provider_peer(a.server, pair[0], count_lost, NULL, &provider), 0);
-    close(pair[0]);
-    assert_int_equal(memferry_peer_reconnect(&provider, pair[1]), -EALREADY);
-    assert_int_equal(memferry_server_set_provider(a.server, &provider), 0);
-    arena_watch(&a);
-    memferry_server_start(a.server);
-    struct peer peers[3] = {{pair[1], &a, a.pages > 8 ? 50 : 2, false}};
-    struct runner runners[3];
-    runner_start(&runners[0], answer_peer, &peers[0]);
-    touch_by(threads, THREADS, &a, every_third);
-    /* Twice the connection breaks with somebody waiting; the second one lies, the third is good. */
-    for (int i = 1; i < 3; i++) {
-        while (atomic_load(&times_lost) < i)
-            nap_ms(1);
-        assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
-        assert_int_equal(memferry_peer_reconnect(&provider, pair[0]), 0);
-        close(pair[0]);
-        if (i == 1) {
-            uint8_t header[MF_FRAME_HEADER_BYTES];
-            mf_frame_encode(
-                &(struct mf_frame){.type = MF_FRAME_ZERO, .first_page = a.pages, .pages = 1},
-                header);
-            must(send_all(pair[1], header, sizeof(header)));
-            nap_ms(5);
-            close(pair[1]);
-            runner_join(&runners[0]);
-        } else {
-            peers[2] = (struct peer){pair[1], &a, 0, true};
-            runner_start(&runners[2], answer_peer, &peers[2]);
-        }
-    }
-    join_all(threads, THREADS);
-    arena_free(&a);
-    runner_join(&runners[2]);
-}
-
-/* ---- a provider that fails ---- */
-
-struct failing {
-    _Atomic int left, told;
-    int remedy;
-};
-
-static int fail_first(void *arg, struct memferry_server *server, struct memferry_want *want)
-{
-    struct failing *f = arg;
-    if (atomic_fetch_sub(&f->left, 1) > 0)
-        return -EIO;
-    return make_page(NULL, server, want);
-}
-
-static int tell_failure(void *arg, const struct memferry_failure *failure)
-{
-    struct failing *f = arg;
-    must(failure->error == -EIO);
-    atomic_fetch_add(&f->told, 1);
-    return f->remedy;
-}
-
-static void a_provider_that_fails_is_asked_again(void **state)
-{
-    (void)state;
-    struct arena a;
-    struct toucher threads[THREADS];
-    struct failing f = {.left = 5, .remedy = MEMFERRY_AGAIN};
-    arena_make(&a, memory, PAGES, OPTIONS(.arg = &f, .on_failure = tell_failure),
-               PROVIDER(.want = fail_first, .arg = &f));
-    memferry_server_start(a.server);
-    touch_by(threads, THREADS, &a, NULL);
-    join_all(threads, THREADS);
-    assert_int_equal(f.told, 5);
-    arena_free(&a);
-}
-
-static void who_waits_may_be_held_until_somebody_fills(void **state)
-{
-    (void)state;
-    struct arena a;
-    struct toucher threads[THREADS];
-    struct failing f = {.left = (int)PAGES, .remedy = MEMFERRY_HOLD};
-    struct filler filler;
-    arena_make(&a, memory, PAGES, OPTIONS(.arg = &f, .on_failure = tell_failure),
-               PROVIDER(.want = fail_first, .arg = &f));
-    memferry_server_start(a.server);
-    touch_by(threads, THREADS, &a, NULL);
-    while (f.told == 0)
-        nap_ms(1);
-    filler = (struct filler){.arena = &a, .seed = 3};
-    fill_all(&filler);
-    join_all(threads, THREADS);
-    arena_free(&a);
-}
-
-static sigjmp_buf bus;
-static void on_bus(int number)
-{
-    (void)number;
-    siglongjmp(bus, 1);
-}
-
-static void a_page_that_cannot_be_had_may_be_poisoned(void **state)
-{
-    (void)state;
-    struct arena a;
-    struct failing f = {.left = 1, .remedy = MEMFERRY_POISON};
-    arena_make(&a, memory, PAGES, OPTIONS(.arg = &f, .on_failure = tell_failure),
-               PROVIDER(.want = fail_first, .arg = &f));
-    memferry_server_start(a.server);
-    signal(SIGBUS, on_bus);
-    volatile bool died = false;
-    if (sigsetjmp(bus, 1) == 0)
-        must(!page_is(arena_page(&a, 1), a.page_bytes, 1, 1));
-    else
-        died = true;
-    signal(SIGBUS, SIG_DFL);
-    assert_true(died);
-    must(page_is(arena_page(&a, 2), a.page_bytes, 2, 1));
-    /* Somebody has found it after all. */
-    uint8_t *bytes = malloc(a.page_bytes);
-    page_make(bytes, a.page_bytes, 1, 1);
-    assert_int_equal(memferry_fill(a.server, a.region, 1, 1, bytes), 0);
-    free(bytes);
-    must(page_is(arena_page(&a, 1), a.page_bytes, 1, 1));
     arena_free(&a);
 }
 
@@ -751,17 +370,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(filling_races_with_faults),
         cmocka_unit_test(without_a_provider_faults_wait_for_the_filler),
         cmocka_unit_test(what_lies_in_the_file_is_only_mapped),
-        cmocka_unit_test(a_snapshot_is_restored_as_it_is_touched),
-        cmocka_unit_test(pages_come_from_a_peer_and_from_the_next_when_it_is_lost),
-        cmocka_unit_test(a_provider_that_fails_is_asked_again),
-        cmocka_unit_test(who_waits_may_be_held_until_somebody_fills),
-        cmocka_unit_test(a_page_that_cannot_be_had_may_be_poisoned),
         cmocka_unit_test(a_program_may_serve_in_its_own_loop),
         cmocka_unit_test(nobody_may_serve_faults_of_user_mode),
         cmocka_unit_test(misuse_is_refused_with_a_sentence),
     };
-    memory = arena_memory(argc, argv, 24);
-    if (argc > 2) /* only these */
-        cmocka_set_test_filter(argv[2]);
-    return cmocka_run_group_tests_name("server", tests, NULL, NULL);
+    return arena_tests(argc, argv, memory, tests);
 }
