@@ -2,7 +2,8 @@
 /*
  * libmemferry's server from inside; its face is lib/include/memferry.h.
  *
- *   server.c         options, the serving thread and its loop, faults and events
+ *   server.c         options, turns, the serving thread and its loop
+ *   server_faults.c  faults and events, contexts that come and go
  *   server_layout.c  contexts, regions, mappings
  *   server_reason.c  why the layout changed
  *   server_fill.c    pages that come in, and what became of them
@@ -132,6 +133,21 @@ int server_do(struct memferry_server *server, int (*run)(struct memferry_server 
 /** server_serves_here() - is this the thread that serves? */
 bool server_serves_here(const struct memferry_server *server);
 
+/** server_wake() - make the serving thread look at its flags. Any thread. */
+void server_wake(struct memferry_server *server);
+
+/* ---- server_faults.c: with the turn ---- */
+
+/** server_begin_events() - once: what happens with what the userfaultfds say. */
+void server_begin_events(struct memferry_server *server);
+
+/** server_read() - read what a context's userfaultfd has to say; mf_events_serve() is to follow.
+ * Return: 1 if there was an event, 0, or -errno. */
+int server_read(struct memferry_server *server, uint32_t context);
+
+/** server_look_for_gone_children() - let go of children that have ended, of which nothing tells. */
+void server_look_for_gone_children(struct memferry_server *server);
+
 /** server_watch() - have the loop wait for a context, or no longer. Return: 0 or -errno. */
 int server_watch(struct memferry_server *server, uint32_t context, bool watch);
 
@@ -140,9 +156,6 @@ int server_watch(struct memferry_server *server, uint32_t context, bool watch);
 void server_each_mapping(struct memferry_server *server,
                          void (*each)(struct memferry_server *server, int uffd,
                                       const struct mf_mapping *mapping));
-
-/** server_wake() - make the serving thread look at its flags. Any thread. */
-void server_wake(struct memferry_server *server);
 
 /* ---- server_fill.c ---- */
 
