@@ -30,7 +30,7 @@
 #define SOON_NS 2000000u
 #define CHILD_TRIES 60u /**< 50 µs each */
 
-enum question { INTRODUCE = 1, OBSERVE, SETTLE, MAPS, CHILD };
+enum question { INTRODUCE = 1, OBSERVE, SETTLE, MAPS, CHILD, SENDER };
 
 /** struct talk - a question, and the same as its answer. */
 struct talk {
@@ -223,10 +223,10 @@ static uint64_t started(pid_t pid)
     return start;
 }
 
-/* A child that nobody knows yet: whoever waits in a process younger than this one. */
+/* A child that nobody knows yet: whoever waits in a process younger than the target. */
 static int observe_the_young(struct mf_blocked *blocked, uint32_t *count)
 {
-    const uint64_t since = started(getpid());
+    const uint64_t since = started(known.target);
     cleanup_closedir DIR *proc = opendir("/proc");
     int readable = 0;
     *count = 0;
@@ -282,6 +282,18 @@ static void answer(struct talk *talk)
         if (talk->result >= 0)
             told(talk->pid);
         break;
+    case SENDER: {
+        char path[48];
+        pid_t innermost;
+        snprintf(path, sizeof(path), "/proc/%d/status", (int)talk->pid);
+        talk->result = -ESRCH;
+        if (!read_status(path, &talk->pid, &innermost))
+            break;
+        talk->result = open_maps(talk->pid, talk->addr);
+        if (talk->result >= 0)
+            told(talk->pid);
+        break;
+    }
     case CHILD:
         talk->result = find_child(talk->pid, &talk->pid);
         break;
@@ -463,6 +475,14 @@ int companion_settle(struct companion *companion, pid_t pid, struct mf_change *c
 int companion_maps(struct companion *companion, pid_t tid, uint64_t addr, pid_t *pid)
 {
     struct talk talk = {.question = MAPS, .pid = tid, .addr = addr};
+    int r = ask(companion, &talk);
+    *pid = talk.pid;
+    return r;
+}
+
+int companion_sender(struct companion *companion, pid_t tid, uint64_t addr, pid_t *pid)
+{
+    struct talk talk = {.question = SENDER, .pid = tid, .addr = addr};
     int r = ask(companion, &talk);
     *pid = talk.pid;
     return r;

@@ -64,7 +64,7 @@ int companion_introduce(struct companion *companion, pid_t target, int uffd,
  * answer within two seconds. */
 
 /** companion_observe() - mf_observe() of a process into `blocked`. @pid: 0 is the target, -1 all
- * processes that have come to map the session's memory since the mover was started.
+ * processes that map the session's memory, are younger than the target, and were not named yet.
  * Return: how many events may be read now, at least 0, or -errno. */
 int companion_observe(struct companion *companion, pid_t pid);
 
@@ -77,6 +77,9 @@ int companion_settle(struct companion *companion, pid_t pid, struct mf_change *c
  * @pid: that process. Return: a descriptor, owned by the caller, or -errno.
  */
 int companion_maps(struct companion *companion, pid_t tid, uint64_t addr, pid_t *pid);
+
+/** companion_sender() - the same for a thread that companion_observe() saw, by its number here. */
+int companion_sender(struct companion *companion, pid_t tid, uint64_t addr, pid_t *pid);
 
 /** companion_child() - the process that thread @tid has just forked: its maps, as companion_maps().
  * After the event was read; waits some milliseconds for it to appear. */

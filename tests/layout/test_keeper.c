@@ -40,6 +40,8 @@ static struct shared {
     _Atomic uint32_t page; /**< what all of them read next */
     _Atomic uint32_t turn, read_turn[CHILDREN];
     _Atomic uint64_t found[CHILDREN];
+    _Atomic int advice[CHILDREN]; /**< for madvise(2), plus one; 0: it is done */
+    _Atomic uint32_t advised_page;
 } * shared;
 
 static const char *program;
@@ -83,6 +85,11 @@ static _Noreturn void be_child(unsigned index)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     for (uint32_t turn = 0; !atomic_load(&shared->exit_now);) {
+        const int advice = atomic_load(&shared->advice[index]);
+        if (advice) {
+            madvise(mapped + atomic_load(&shared->advised_page) * PAGE, PAGE, advice - 1);
+            atomic_store(&shared->advice[index], 0);
+        }
         if (atomic_load(&shared->turn) == turn) {
             usleep(1000);
             continue;
@@ -277,6 +284,32 @@ static void arrive(uint32_t page)
                  (unsigned long long)atomic_load(&shared->found[i]), page);
 }
 
+static bool has_advised(void)
+{
+    for (unsigned i = 0; i < CHILDREN; i++)
+        if (atomic_load(&shared->advice[i]))
+            return false;
+    return true;
+}
+
+/* A child that has touched nothing yet: which call it makes is seen all the same. */
+static void advise(unsigned child, int advice, uint32_t page, enum mf_page_state expected)
+{
+    atomic_store(&shared->advised_page, page);
+    atomic_store(&shared->advice[child], advice + 1);
+    until(has_advised, "a child discards");
+    /* The child goes on when its event was read, and that is applied a moment later. */
+    enum mf_page_state found = MF_PAGE_UNCONFIRMED;
+    for (unsigned i = 0; i < (expected == MF_PAGE_UNCONFIRMED ? 5 : 5000); i++) {
+        usleep(1000);
+        found = mf_page_state_of(atomic_load(&view.pages[0].state[page]));
+        if (found != MF_PAGE_UNCONFIRMED)
+            break;
+    }
+    if (found != expected || atomic_load(&view.file->figures.removes_unknown) > 0)
+        fail("after madvise %d by child %u page %u is in state %d", advice, child, page, found);
+}
+
 static void take_from(pid_t pid)
 {
     struct mf_error err;
@@ -307,6 +340,18 @@ static void kill_companion(void)
     kill(mover, SIGKILL);
     reap(&mover, SIGKILL);
     close(sock);
+}
+
+/* While nobody waits. */
+static void take_over_quietly(void)
+{
+    kill(mover, SIGKILL);
+    reap(&mover, SIGKILL);
+    take_from(companion);
+    kill(companion, SIGKILL);
+    reap(&companion, SIGKILL);
+    close(sock);
+    start_mover(true);
 }
 
 int main(int argc, char **argv)
@@ -358,6 +403,10 @@ int main(int argc, char **argv)
     start_mover(false);
     atomic_store(&shared->fork_now, true);
     until(holds_all, "the mover follows all children");
+    for (unsigned i = 0; i < CHILDREN; i++) {
+        advise(i, MADV_DONTNEED, 20 + i, MF_PAGE_UNCONFIRMED);
+        advise(i, MADV_REMOVE, 30 + i, MF_PAGE_DISCARDED);
+    }
     read_page(0);
     nobody_reads_on("before the page arrived");
     for (uint32_t page = 0; page < 8; page++) {
@@ -372,6 +421,14 @@ int main(int argc, char **argv)
         nobody_reads_on("before the page arrived");
     }
     arrive(8);
+    /* Nor does the next mover know which process a context is of. */
+    read_page(0);
+    until(all_have_read, "all children are through");
+    take_over_quietly();
+    for (unsigned i = 0; i < CHILDREN; i++) {
+        advise(i, MADV_DONTNEED, 40 + i, MF_PAGE_UNCONFIRMED);
+        advise(i, MADV_REMOVE, 50 + i, MF_PAGE_DISCARDED);
+    }
     atomic_store(&shared->exit_now, true);
     until(holds_none, "the mover lets go of children that are gone");
     close(sock);

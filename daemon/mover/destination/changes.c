@@ -69,6 +69,19 @@ unsigned changes_observe(struct mover *mover, uint32_t context)
     return r >= 0 ? (unsigned)r : 1;
 }
 
+/* Which pages these are can't be told before the process's maps are there. */
+static void know_sender(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr)
+{
+    struct mf_context *of = mf_context_at(&mover->contexts, context);
+    pid_t pid = 0;
+    const int maps_fd =
+        of->maps_fd < 0 && tid ? companion_sender(&mover->companion, tid, addr, &pid) : -1;
+    if (maps_fd < 0)
+        return;
+    of->maps_fd = maps_fd;
+    of->pid = pid;
+}
+
 enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, uint32_t context,
                                 uint64_t start_addr, uint64_t end_addr)
 {
@@ -79,6 +92,7 @@ enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, u
         events->observed = 0;
     if (change.reason == MF_REASON_DONTNEED)
         return MF_REMOVED_NOTHING;
+    know_sender(mover, context, change.tid, start_addr);
     if (change.reason != MF_REASON_REMOVE &&
         atomic_fetch_add(&mover->figures->removes_unknown, 1) < UNKNOWN_SAID)
         mf_log(MF_LOG_WARNING,
