@@ -396,6 +396,19 @@ static void unmap_files(struct mf_events *events, uint32_t context, uint64_t sta
     }
 }
 
+/* Does a REMOVE take pages out of a file? Of private memory there is nothing to ask: what it
+ * discards is gone, by whichever call. */
+static bool removes_files(const struct mf_events *events, uint32_t context, uint64_t start,
+                          uint64_t end)
+{
+    struct mf_mapping m;
+    uint64_t at = start;
+    while (at < end && mf_layout_find(events->layout, context, at, &m) && is_private(events, &m))
+        at = m.start_addr + m.length_bytes;
+    return at < end && (!events->ops->removed ||
+                        events->ops->removed(events->arg, context, start, end) == MF_REMOVED_PAGES);
+}
+
 static void apply_event(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
 {
     const int uffd = uffd_of(events, context);
@@ -404,9 +417,7 @@ static void apply_event(struct mf_events *events, uint32_t context, const struct
     uint32_t child = UINT32_MAX;
     switch (message->event) {
     case UFFD_EVENT_REMOVE:
-        discard_range(events, context, start, end,
-                      !events->ops->removed || events->ops->removed(events->arg, context, start,
-                                                                    end) == MF_REMOVED_PAGES);
+        discard_range(events, context, start, end, removes_files(events, context, start, end));
         mf_uffd_wake(uffd, start, end - start);
         break;
     case UFFD_EVENT_UNMAP:

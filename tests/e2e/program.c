@@ -19,8 +19,8 @@
  *   copies. It moves nothing before it has been loaded: at the source, a page is its address.
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
- *   file anew, l lock and unlock (mlock), r map for reading only, g grow and shrink (private only).
- * The default is w, v, d, n, m, u, p and f.
+ *   file anew, l lock and unlock (mlock), r read through a second mapping, which can't be written
+ * to, g grow and shrink (private only). The default is w, v, d, n, m, u, p and f.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -80,6 +80,7 @@ struct worker {
     unsigned number;
     uint64_t random;
     uint8_t *chunk[REGIONS_MAX][CHUNKS];
+    uint8_t *alias[REGIONS_MAX][CHUNKS]; /* a second mapping, for reading only; if ops has an r */
 };
 
 static struct worker worker[THREADS_MAX];
@@ -387,21 +388,6 @@ static void fork_child(struct worker *w, unsigned region, unsigned chunk, bool w
         set_generation(region, first + target, generation);
 }
 
-/* A mapping of the same file that can't be written to; one's own where no file holds it. */
-static void read_only(struct worker *w, unsigned region, unsigned chunk)
-{
-    const uint64_t bytes = chunk_pages() * page_bytes, page = draw(w, chunk_pages());
-    if (private_memory)
-        return;
-    uint8_t *at = mmap(NULL, bytes, PROT_READ, MAP_SHARED, region_fd[region],
-                       (off_t)(first_page(w, chunk) * page_bytes));
-    if (at == MAP_FAILED)
-        die("mmap for reading");
-    verify(at + page * page_bytes, region, first_page(w, chunk) + page);
-    if (munmap(at, bytes) != 0)
-        die("munmap");
-}
-
 /* Of private memory each has pages of its own from now on: the child writes and discards, and so
  * does its parent, and neither sees the other's. Both look at all pages, most of which neither had
  * when they parted. */
@@ -495,8 +481,8 @@ static void work_once(struct worker *w)
             grow_and_shrink(w, region, chunk);
         break;
     case 'r':
-        if (draw(w, 16) == 0)
-            read_only(w, region, chunk);
+        verify((private_memory ? w->chunk : w->alias)[region][chunk] + in_chunk * page_bytes,
+               region, page);
         break;
     case 'l':
         lock_and_unlock(w, region, page, pages, at);
@@ -706,8 +692,16 @@ static void set_up_memory(void)
         worker[i].number = i;
         worker[i].random = seed * 1000 + i + (uint64_t)getpid() * 1000003;
         for (unsigned region = 0; region < regions; region++)
-            for (unsigned chunk = 0; chunk < CHUNKS; chunk++)
+            for (unsigned chunk = 0; chunk < CHUNKS; chunk++) {
                 worker[i].chunk[region][chunk] = map_chunk(&worker[i], region, chunk);
+                if (private_memory || !strchr(ops, 'r'))
+                    continue;
+                worker[i].alias[region][chunk] =
+                    mmap(NULL, chunk_pages() * page_bytes, PROT_READ, MAP_SHARED, region_fd[region],
+                         (off_t)(first_page(&worker[i], chunk) * page_bytes));
+                if (worker[i].alias[region][chunk] == MAP_FAILED)
+                    die("mmap for reading");
+            }
     }
     /* A program that has been at work for a while: half of its memory holds something. */
     for (unsigned i = 0; !waiting && i < threads; i++)

@@ -266,8 +266,7 @@ def swapped_meanwhile(sandbox):
 
 def mappings(sandbox, mode):
     """Each page is in several mappings, of several rights, in the process and in its children."""
-    ops = "wwwvvvdmupllrrMMfF"
-    pair = ProcessPair(sandbox, "--ops", ops)
+    pair = ProcessPair(sandbox, "--ops", "wwwvvvdmupllrrrfF")
     pair.source.works()
     beats = pair.source.beats()
     pair.migrate("--mode", mode, *(CONVERGING if mode == "precopy" else ()))
