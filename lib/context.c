@@ -2,8 +2,9 @@
 #include "lib/context.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <unistd.h>
+
+#include "lib/util.h"
 
 static struct mf_context *place(struct mf_contexts *contexts, uint32_t index)
 {
@@ -22,7 +23,7 @@ int mf_contexts_add(struct mf_contexts *contexts, int uffd, int maps_fd, bool ch
             return -EMFILE;
         struct mf_context **chunk = &contexts->chunk[index / MF_CONTEXT_CHUNK];
         if (!*chunk)
-            *chunk = calloc(MF_CONTEXT_CHUNK, sizeof(**chunk));
+            *chunk = mf_pages_alloc(MF_CONTEXT_CHUNK * sizeof(**chunk));
         if (!*chunk)
             return -ENOMEM;
         contexts->count++;
@@ -52,6 +53,6 @@ void mf_contexts_free(struct mf_contexts *contexts)
     for (uint32_t i = contexts->count; i > 0; i--)
         mf_contexts_drop(contexts, i - 1);
     for (uint32_t i = 0; i < MF_CONTEXT_CHUNKS; i++)
-        free(contexts->chunk[i]);
+        mf_pages_free(contexts->chunk[i]);
     *contexts = (struct mf_contexts){0};
 }

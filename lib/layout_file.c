@@ -11,6 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "lib/util.h"
+
 /* Two copies: the one that `current` does not name is written, then named. */
 struct mf_layout_file {
     _Atomic uint32_t current; /**< 0: none; else 1 + the index of the copy that is complete */
@@ -77,9 +79,9 @@ void mf_layout_file_unmap(struct mf_layout_file *file)
 struct mf_zeros *mf_layout_file_zeros(struct mf_layout_file *file, const uint64_t *pages,
                                       unsigned region_count)
 {
-    struct mf_zeros *zeros = calloc(1, sizeof(*zeros));
+    struct mf_zeros *zeros = mf_pages_alloc(sizeof(*zeros));
     if (!zeros || region_count > MF_REGIONS_MAX || words_of(pages, region_count) != file->words) {
-        free(zeros);
+        mf_pages_free(zeros);
         return NULL;
     }
     zeros->kept = true;

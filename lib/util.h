@@ -46,6 +46,13 @@ static inline int mf_steal_fd(int *fd)
 /** mf_now_ns() - CLOCK_MONOTONIC in nanoseconds. */
 uint64_t mf_now_ns(void);
 
+/** mf_pages_alloc() - zeroed memory straight from the kernel, for where malloc(3) can't be called:
+ * a process that serves its own faults waits inside fork(3), with malloc's locks held, until the
+ * event was read. Return: NULL: out of memory. */
+void *mf_pages_alloc(size_t length_bytes);
+/** mf_pages_free() - @at: of mf_pages_alloc(), or NULL. */
+void mf_pages_free(void *at);
+
 /** mf_write_all() - write(2) until all of @length_bytes are out. Return: 0 or -errno. */
 int mf_write_all(int fd, const void *data, size_t length_bytes);
 

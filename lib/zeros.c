@@ -2,19 +2,20 @@
 #include "lib/zeros.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
+
+#include "lib/util.h"
 
 int mf_zeros_set(struct mf_zeros **zeros, uint32_t region, uint64_t region_pages, uint64_t first,
                  uint64_t pages)
 {
     if (!*zeros)
-        *zeros = calloc(1, sizeof(**zeros));
+        *zeros = mf_pages_alloc(sizeof(**zeros));
     if (!*zeros)
         return -ENOMEM;
     uint64_t **bits = &(*zeros)->bits[region];
     if (!*bits)
-        *bits = calloc(mf_zeros_words(region_pages), sizeof(**bits));
+        *bits = mf_pages_alloc(mf_zeros_words(region_pages) * sizeof(**bits));
     if (!*bits)
         return -ENOMEM;
     for (uint64_t page = first; page < first + pages; page++)
@@ -37,14 +38,14 @@ int mf_zeros_copy(const struct mf_zeros *zeros, const uint64_t *region_pages, st
     *out = NULL;
     if (!zeros)
         return 0;
-    struct mf_zeros *copy = calloc(1, sizeof(*copy));
+    struct mf_zeros *copy = mf_pages_alloc(sizeof(*copy));
     if (!copy)
         return -ENOMEM;
     for (uint32_t region = 0; region < MF_REGIONS_MAX; region++) {
         if (!zeros->bits[region])
             continue;
         const uint64_t bytes = mf_zeros_words(region_pages[region]) * sizeof(uint64_t);
-        copy->bits[region] = malloc(bytes);
+        copy->bits[region] = mf_pages_alloc(bytes);
         if (!copy->bits[region]) {
             mf_zeros_free(copy);
             return -ENOMEM;
@@ -58,6 +59,6 @@ int mf_zeros_copy(const struct mf_zeros *zeros, const uint64_t *region_pages, st
 void mf_zeros_free(struct mf_zeros *zeros)
 {
     for (uint32_t region = 0; zeros && !zeros->kept && region < MF_REGIONS_MAX; region++)
-        free(zeros->bits[region]);
-    free(zeros);
+        mf_pages_free(zeros->bits[region]);
+    mf_pages_free(zeros);
 }

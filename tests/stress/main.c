@@ -15,7 +15,9 @@
  */
 #include "tests/stress/stress.h"
 
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -124,12 +126,42 @@ static void show_file(int pid, int tid, const char *name)
     fprintf(stderr, "  %s: %s\n", name, text);
 }
 
+/* What each userfaultfd of the server has: faults not read, and all that wait. */
+static void show_userfaultfds(int pid)
+{
+    char path[64], line[128];
+    snprintf(path, sizeof(path), "/proc/%d/fdinfo", pid);
+    cleanup_closedir DIR *list = opendir(path);
+    for (const struct dirent *entry; list && (entry = readdir(list));) {
+        unsigned pending = 0, total = 0;
+        cleanup_close int dir = open(path, O_PATH | O_CLOEXEC);
+        int fd = openat(dir, entry->d_name, O_RDONLY | O_CLOEXEC);
+        FILE *file = fd >= 0 ? fdopen(fd, "re") : NULL;
+        while (file && fgets(line, sizeof(line), file))
+            if (sscanf(line, "pending: %u", &pending) == 1 ||
+                sscanf(line, "total: %u", &total) == 1)
+                continue;
+        if (file)
+            fclose(file);
+        if (total > 0)
+            fprintf(stderr, "  descriptor %s: %u faults not read, %u wait\n", entry->d_name,
+                    pending, total);
+    }
+}
+
 static void unanswered(const struct slot *slot, uint64_t waited_ns, const char *why)
 {
     const int pid = slot->pid, tid = slot->tid;
     fprintf(stderr, "UNANSWERED thread %d of process %d waits for %.1f s: %s at %#llx; %s\n", tid,
             pid, (double)waited_ns / 1e9, slot->what, (unsigned long long)slot->addr, why);
     show_file(pid, tid, "stack");
+    show_userfaultfds(shared->server[0].pid);
+    if (config.same_process) {
+        atomic_store(&shared->tell_addr, slot->addr);
+        atomic_store(&shared->tell_id, slot->id);
+        kill(shared->server[0].pid, SIGUSR1);
+        nap_us(100000);
+    }
     if (serving_here)
         serving_tell(serving_here, slot->id, slot->addr);
     for (unsigned i = 0; i < atomic_load(&shared->server_tasks); i++) {
@@ -215,6 +247,8 @@ static bool await_targets(const pid_t *pid)
     memcpy(running, pid, sizeof(running));
     memset(watch, 0, sizeof(watch));
     uint64_t stopped_ns = 0;
+    /* MF_HOLD=1: time to attach a debugger. */
+    const uint64_t grace_ns = getenv("MF_HOLD") ? 2 * ENDLESS_NS : UNANSWERED_NS;
     while (left > 0) {
         nap_us(LOOK_US);
         if (!atomic_load(&shared->stop))
@@ -226,7 +260,7 @@ static bool await_targets(const pid_t *pid)
             if (running[i] == 0)
                 continue;
             /* After a failure the others may wait for what never comes. */
-            if (stopped_ns && mf_now_ns() > stopped_ns + UNANSWERED_NS)
+            if (stopped_ns && mf_now_ns() > stopped_ns + grace_ns)
                 kill(running[i], SIGKILL);
             if (waitpid(running[i], &status, WNOHANG) != running[i])
                 continue;

@@ -87,6 +87,8 @@ struct shared {
     struct slot slot[OWNERS_MAX * SLOTS_OF_THREAD];
     struct task server[SERVER_TASKS];
     _Atomic unsigned server_tasks;
+    _Atomic uint64_t tell_addr; /**< SIGUSR1: what a target shall tell its state of */
+    _Atomic uint32_t tell_id;
     _Atomic unsigned set_up;            /**< so many targets have made their mappings */
     _Atomic bool mapped[REGION_IDS];    /**< has the page been given a place? */
     struct page_model page[REGION_IDS]; /**< of files */

@@ -859,10 +859,19 @@ static void set_up_model(void)
         set_generation(&region_model[id], initial_generation(id));
 }
 
+/* When all is lost anyway: the watchdog wants to know. */
+static void tell(int number)
+{
+    (void)number;
+    if (serving)
+        serving_tell(serving, atomic_load(&shared->tell_id), atomic_load(&shared->tell_addr));
+}
+
 int target_main(unsigned number, int requests)
 {
     const unsigned descriptors = open_descriptors();
     request_socket = requests;
+    signal(SIGUSR1, tell);
     tracing = getenv("MF_TRACE") != NULL;
     serving = requests < 0 ? serving_start() : NULL;
     threads = calloc(config.threads, sizeof(*threads));
