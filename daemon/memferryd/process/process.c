@@ -856,6 +856,8 @@ static void process_close(struct vmm *vmm)
     close_device(vmm);
     command_forget(vmm->command);
     vmm->command = NULL;
+    if (vmm->guard)
+        guard_command(vmm->guard, 0); /* it is killed */
     if (vmm->phase == ARMING)
         end_standing_still(vmm, vmm->guard);
     else
