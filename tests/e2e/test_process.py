@@ -501,6 +501,26 @@ def process_kill_daemon_when_stopped(sandbox):
 
 
 @e2e()
+def process_kill_daemon_in_round(sandbox):
+    """While memory is copied and watched: the program goes on, with all that it does to its layout."""
+    pair = Pair(sandbox)
+    pair.receive()
+    verb = pair.begin("--mode", "hybrid", "--bandwidth", "2M")
+    pair.a.wait_state(pair.name, "precopy")
+    time.sleep(0.3)
+    os.kill(pair.a.process.pid, signal.SIGKILL)
+    pair.a.process.wait()
+    need(verb.wait().code == 3, "the command line should say that memferryd is gone")
+    pair.check_stayed()
+    pair.b.wait_state(pair.name, ("failed", "cancelled", "waiting"), 40)
+    pair.a.start()
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
 def process_kill_destination_daemon(sandbox):
     """While the state is loaded: the program goes on at the source, and the load command is no more."""
     pair = Pair(sandbox)
