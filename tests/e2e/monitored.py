@@ -189,8 +189,8 @@ def layout(pid):
                  if re.match(r"[0-9a-f]+-[0-9a-f]+ |VmFlags:", line)]
     fds = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
     with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-        signals = [line for line in status if line.startswith(("Sig", "Shd", "Threads", "State", "Tracer"))]
-    return lines, fds, [line for line in signals if not line.startswith("State")]
+        signals = [line for line in status if line.startswith(("SigPnd", "SigBlk", "SigIgn", "SigCgt", "ShdPnd", "Threads", "Tracer"))]
+    return lines, fds, signals
 
 
 def raw(pid, tid, event, start, end, reason, to=0):
