@@ -189,7 +189,9 @@ def layout(pid):
                  if re.match(r"[0-9a-f]+-[0-9a-f]+ |VmFlags:", line)]
     fds = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
     with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
-        signals = [line for line in status if line.startswith(("SigPnd", "SigBlk", "SigIgn", "SigCgt", "ShdPnd", "Threads", "Tracer"))]
+        # Not SigQ: that is of all the user's processes.
+        own = ("SigPnd", "SigBlk", "SigIgn", "SigCgt", "ShdPnd", "Threads", "Tracer")
+        signals = [line for line in status if line.startswith(own)]
     return lines, fds, signals
 
 
