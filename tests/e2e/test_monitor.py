@@ -215,7 +215,8 @@ def monitor_random_advice(sandbox):
         for tid, wanted in wanted_of.items():
             rest = iter(wanted)
             got = [(event["start"], event["end"], event["reason"]) for event in events if event["tid"] == tid]
-            need(all(each in rest for each in got), f"seed {seed}: thread {tid} did not do this, or not in this order")
+            need(all(each in rest for each in got),
+                 f"seed {seed}: thread {tid} did not do this, or not in this order")
         every = [each for wanted in wanted_of.values() for each in wanted]
         need(sorted(each[:2] for each in every) == sorted((event["start"], event["end"]) for event in events),
              f"seed {seed}: other ranges than were discarded")
@@ -510,7 +511,8 @@ def listens_for_execs():
 def monitor_unprivileged(sandbox):
     """A process of an ordinary user, which may not make a full userfaultfd itself; many short-lived children."""
     shell = sandbox.spawn(["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "sh", "-c",
-                           "sleep 3; i=0; while [ $i -lt 100 ]; do (:); i=$((i+1)); done; exec sh -c 'exec sh -c \"exec sh -c true\"'"],
+                           "sleep 3; i=0; while [ $i -lt 100 ]; do (:); i=$((i+1)); done; "
+                           "exec sh -c 'exec sh -c \"exec sh -c true\"'"],
                           os.path.join(sandbox.path, "shell.log"))
     wait_until(lambda: "(sh)" in stat(shell.pid), LIMIT_S, "the shell has begun")
     monitor = Monitor(sandbox, shell.pid)
@@ -690,7 +692,8 @@ def monitor_for_people(sandbox):
         process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid)], stdout=lines,
                                    stderr=subprocess.PIPE, text=True)
     sandbox.processes.append(process)
-    need(re.fullmatch(r"memferry: watching \d+ of \d+ mappings \(.* GiB\) of layout-victim \(pid \d+\).*\n",
+    need(re.fullmatch(r"memferry: watching \d+ of \d+ mappings \(.* GiB\) of layout-victim "
+                      r"\(pid \d+\).*\n",
                       process.stderr.readline()), "it says what it watches")
     victim.call(2, MUNMAP, AREA, 3 * GIB)
     victim.call(2, MREMAP, AREA + 4 * GIB, PAGE, PAGE, MAYMOVE | MREMAP_FIXED, AREA)
