@@ -52,11 +52,9 @@ int mf_watched_spans(int smaps_fd, struct mf_span **out, unsigned *count)
     unsigned used = 0, room = 0;
     struct mf_vma vma = {0};
     bool is_private = false;
-    int r;
-    if (!reader)
-        return -ENOMEM;
-    if (lseek(smaps_fd, 0, SEEK_SET) < 0)
-        return -errno;
+    int r = lseek(smaps_fd, 0, SEEK_SET) < 0 ? -errno : reader ? 0 : -ENOMEM;
+    if (r < 0)
+        return r;
     reader->fd = smaps_fd;
     while ((r = next_line(reader)) > 0) {
         if (strncmp(reader->line, "VmFlags:", 8) != 0) {
