@@ -258,8 +258,12 @@ static void fork_it(struct shifting *s)
     int status;
     /* Meanwhile only the child changes what pages hold. */
     s->alone = false;
-    while (waitpid(pid, &status, WNOHANG) == 0)
+    while (waitpid(pid, &status, WNOHANG) == 0) {
         act(s);
+        /* While any change is under way the kernel refuses every fill: changes without a pause in
+         * all threads leave no moment for one. */
+        usleep(300);
+    }
     s->alone = true;
     if (!WIFEXITED(status) || (WEXITSTATUS(status) != 0 && WEXITSTATUS(status) != 3))
         fail(s, "a child ended with status %#x", (unsigned)status);
