@@ -240,7 +240,10 @@ enum memferry_memory {
 };
 
 /** Take over the states that lie in states_fd instead of starting with all pages missing. What a
- * predecessor had not finished counts as missing. */
+ * predecessor had not finished counts as missing. A change of layout that it had read and not yet
+ * applied when it was killed is lost (the kernel tells it once): pages that were discarded in that
+ * instant, some microseconds, may be filled. One that ended with MEMFERRY_END_LEAVE has lost
+ * nothing. */
 #define MEMFERRY_REGION_TAKE_OVER 0x1u
 
 /** struct memferry_region - for memferry_region_add(). */
