@@ -42,6 +42,16 @@ PLAIN void pattern_fill(void *at, uint32_t id, uint32_t generation)
         words[i] = word;
 }
 
+PLAIN void pattern_touch(const void *at)
+{
+    (void)*(const volatile uint64_t *)at;
+}
+
+PLAIN void pattern_touch_write(void *at)
+{
+    *(volatile uint64_t *)at = 0;
+}
+
 PLAIN bool pattern_is(const void *at, uint32_t id, uint32_t generation)
 {
     const volatile uint64_t *words = at;

@@ -112,6 +112,9 @@ static inline uint32_t initial_generation(uint32_t id)
 }
 /** pattern_fill() - a whole page. */
 void pattern_fill(void *at, uint32_t id, uint32_t generation);
+/** pattern_touch(), pattern_touch_write() - wait for the page. */
+void pattern_touch(const void *at);
+void pattern_touch_write(void *at);
 /** pattern_is() - is every word so? */
 bool pattern_is(const void *at, uint32_t id, uint32_t generation);
 /** pattern_is_of() - is every word zero or of some generation of this page? */
