@@ -48,24 +48,23 @@ static int next_line(struct reader *r)
 int mf_watched_spans(int smaps_fd, struct mf_span **out, unsigned *count)
 {
     cleanup_free struct mf_span *spans = NULL;
-    cleanup_free struct reader *reader = calloc(1, sizeof(*reader));
+    struct reader reader = {.fd = smaps_fd};
     unsigned used = 0, room = 0;
     struct mf_vma vma = {0};
     bool is_private = false;
-    int r = lseek(smaps_fd, 0, SEEK_SET) < 0 ? -errno : reader ? 0 : -ENOMEM;
-    if (r < 0)
-        return r;
-    reader->fd = smaps_fd;
-    while ((r = next_line(reader)) > 0) {
-        if (strncmp(reader->line, "VmFlags:", 8) != 0) {
+    int r;
+    if (lseek(smaps_fd, 0, SEEK_SET) < 0)
+        return -errno;
+    while ((r = next_line(&reader)) > 0) {
+        if (strncmp(reader.line, "VmFlags:", 8) != 0) {
             struct mf_vma next;
-            if (mf_vma_parse(reader->line, &next) == 0) {
+            if (mf_vma_parse(reader.line, &next) == 0) {
                 vma = next;
                 is_private = mf_vma_is_private(&vma);
             }
             continue;
         }
-        if (!is_private || !strstr(reader->line, " um"))
+        if (!is_private || !strstr(reader.line, " um"))
             continue;
         if (used > 0 && spans[used - 1].end_addr == vma.start_addr) {
             spans[used - 1].end_addr = vma.end_addr;
