@@ -122,7 +122,7 @@ static void *fill_in_background(void *argument)
 {
     struct serving *s = argument;
     uint64_t random = config.seed * 64 + 32 + atomic_fetch_add(&s->number, 1);
-    uint8_t *bytes = malloc(RUN_MAX * config.page_bytes);
+    uint8_t *bytes = calloc(RUN_MAX, config.page_bytes);
     need(bytes);
     this_is_a_server_task();
     while (!atomic_load(&s->stop)) {
@@ -201,7 +201,7 @@ static void stop_fillers(struct serving *s)
 /* Every page of every region is filled once, whatever happened to it: what is counted says so. */
 static int finish(struct serving *s)
 {
-    uint8_t *bytes = malloc(config.pages * config.page_bytes);
+    uint8_t *bytes = calloc(config.pages, config.page_bytes);
     need(bytes);
     stop_fillers(s);
     for (uint32_t region = 0; region < config.regions; region++) {

@@ -103,8 +103,9 @@ static void trace(const struct thread *t, const char *what, const struct run *ru
     if (!tracing)
         return;
     char text[256];
+    const unsigned page = run->id ? run->id[0] : 0;
     int length = snprintf(text, sizeof(text), "%d/%u: %s %p +%u (page %u ...)", gettid(), t->depth,
-                          what, (void *)run->at, run->pages, run->id ? run->id[0] : 0);
+                          what, (void *)run->at, run->pages, page);
     if (to_pages)
         length +=
             snprintf(text + length, sizeof(text) - (size_t)length, " to %p +%u", to, to_pages);
@@ -416,8 +417,8 @@ static void do_grow(struct thread *t)
     if (!space_room(&t->space, RUN_MAX) || !pick(t, REGION_PAGES_MAX, &run))
         return;
     const uint32_t more = may_grow(t, &run);
-    const struct extent *extent = NULL;
-    for (unsigned i = 0; i < t->space.count; i++)
+    const struct extent *extent = &t->space.extent[0];
+    for (unsigned i = 1; i < t->space.count; i++)
         if (run.id >= t->space.extent[i].id &&
             run.id < t->space.extent[i].id + t->space.extent[i].pages)
             extent = &t->space.extent[i];
