@@ -709,6 +709,27 @@ def process_becomes_another(sandbox):
     pair.forget()
 
 
+@e2e()
+def process_kill_daemon_in_round(sandbox):
+    """Its layout is being followed: with nobody left to read its events the program must not wait for ever."""
+    pair = Pair(sandbox, "--ops", "wwvdnmufp")
+    pair.receive()
+    pair.begin("--mode", "hybrid", "--bandwidth", "4M")
+    pair.a.wait_state(pair.name, "precopy")
+    time.sleep(0.3)
+    os.kill(pair.a.process.pid, signal.SIGKILL)
+    pair.a.process.wait()
+    pair.check_stayed()
+    pair.a.start()
+    if pair.b.state(pair.name) in ("waiting", "precopy"):
+        pair.b.run("cancel", pair.name)
+    pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
 @e2e(limit_s=240)
 def process_cancel_at_random(sandbox):
     """Time and again, until it was too late once: then it has arrived."""

@@ -116,16 +116,14 @@ static unsigned fault_count;
 static unsigned spot[REGIONS][MAPS];   /* of a mapping that is there */
 static bool is_there[REGIONS][MAPS];   /* it is mapped, … */
 static bool is_watched[REGIONS][MAPS]; /* … and registered */
-static struct {
-    enum {
-        NOTHING,
-        MOVED,
-        UNMAPPED
-    } what; /* what the tracker has not read yet; who did it waits */
+#define VICTIMS 3u
+static struct unread {
+    bool moved; /* else unmapped */
     uint32_t region;
     unsigned from, to; /* spots */
-} unread;
-static bool has_child, child_known, may_move, may_have_child;
+} unread[VICTIMS];     /* what the tracker has not read yet; each of those who did it waits */
+static unsigned unread_count;
+static bool tracker_reads, has_child, child_known, may_move, may_have_child;
 static struct changes changes;
 static uint32_t doubts; /* when the round began */
 
@@ -333,7 +331,7 @@ static bool
 int mf_uffd_event_pending(int uffd)
 {
     (void)uffd;
-    return unread.what != NOTHING || moved;
+    return unread_count > 0 || moved;
 }
 
 int mf_pagemap_scan(int pagemap_fd, uint64_t start_addr, uint64_t length_bytes, uint64_t page_bytes,
@@ -406,7 +404,7 @@ int mf_uffd_protect(int uffd, uint64_t start_addr, uint64_t length_bytes)
     (void)uffd;
     for (uint64_t i = 0; i < length_bytes / source.region[region].page_bytes; i++) {
         model_hook();
-        if (unread.what != NOTHING)
+        if (unread_count > 0)
             return -EAGAIN;
         const unsigned m = mapping_at(region, map);
         must(m < MAPS, "protected what is not there", region, first + i);
@@ -576,7 +574,7 @@ static void change_layout(void)
 {
     const uint32_t region = source.region[1].pages && below(3) == 0;
     const unsigned map = below(MAPS);
-    if (is_private(region) || unread.what != NOTHING)
+    if (is_private(region) || unread_count == VICTIMS)
         return;
     unsigned to = below(SPOTS);
     if (!is_there[region][map]) {
@@ -595,12 +593,8 @@ static void change_layout(void)
         if (mapping_at(region, to) < MAPS)
             return;
         TRACE("  moves %u from %u to %u\n", region, from, to);
-        if (is_watched[region][map]) {
-            unread.what = MOVED;
-            unread.region = region;
-            unread.from = from;
-            unread.to = to;
-        }
+        if (is_watched[region][map])
+            unread[unread_count++] = (struct unread){true, region, from, to};
         spot[region][map] = to;
         return;
     }
@@ -608,9 +602,7 @@ static void change_layout(void)
         return; /* it came and went unseen: see doc/kernel.md */
     TRACE("  unmaps %u at %u\n", region, from);
     is_there[region][map] = false;
-    unread.what = UNMAPPED;
-    unread.region = region;
-    unread.from = from;
+    unread[unread_count++] = (struct unread){false, region, from, from};
 }
 
 /* The child exists as soon as its parent's event was read. */
@@ -657,32 +649,40 @@ static void learn_mapping(uint32_t region, unsigned at)
 static void tracker_step(void)
 {
     struct mf_range dropped[1];
+    if (tracker_reads)
+        return;
     if (child_known && !has_child && below(3) == 0) {
         child_known = false;
         mf_copies_writer(source.copies, false, MF_DOUBT_FORK);
     }
-    if (unread.what == NOTHING || inside_at_source())
+    if (unread_count == 0 || inside_at_source())
         return;
-    const uint64_t bytes = source.region[unread.region].size_bytes;
-    const uint64_t from = address(unread.region, unread.from);
-    TRACE("  tracker reads %u of %u\n", unread.what, unread.region);
+    /* They queue their events in any order, but each its own one after the other. */
+    const unsigned which = below(unread_count);
+    const struct unread event = unread[which];
+    const uint64_t bytes = source.region[event.region].size_bytes;
+    const uint64_t from = address(event.region, event.from);
+    TRACE("  tracker reads %s of %u at %u\n", event.moved ? "move" : "unmap", event.region,
+          event.from);
     depth++; /* it may be interrupted, but not by itself */
-    if (unread.what == MOVED) {
-        learn_mapping(unread.region, unread.to);
-        changes_moved(&changes, from, address(unread.region, unread.to), bytes);
-        unread.what = UNMAPPED; /* of the old place */
+    tracker_reads = true;
+    if (event.moved) {
+        learn_mapping(event.region, event.to);
+        changes_moved(&changes, from, address(event.region, event.to), bytes);
+        unread[which].moved = false; /* now the unmap of the old place */
     } else {
         changes_unmapped(&changes, from, from + bytes);
         mf_layout_unmap(&source.layout, 0, from, from + bytes, dropped);
-        unread.what = NOTHING;
+        unread[which] = unread[--unread_count];
     }
+    tracker_reads = false;
     depth--;
 }
 
 /* As tracker_look(): a round begins, or the guest is paused. */
 static void tracker_looks(void)
 {
-    while (unread.what != NOTHING)
+    while (unread_count > 0)
         tracker_step();
     for (uint32_t region = 0; region < REGIONS; region++)
         for (unsigned at = 0; at < SPOTS; at++)
@@ -706,7 +706,7 @@ static void guest_at_source(void)
     uint8_t *at = guest_memory[region] + page * r->page_bytes;
     if (may_move && below(16) == 0)
         change_layout();
-    if (may_have_child && below(16) == 0)
+    if (may_have_child && below(6) == 0)
         have_child();
     unsigned map = is_private(region) ? 0 : below(MAPS);
     if (!is_there[region][map])
@@ -1393,7 +1393,8 @@ static void set_up(void)
     changes.is_still_there = known_still;
     memset(&source_file.copies, 0, sizeof(source_file.copies));
     source.layout_moves = source.protect_raced = false;
-    memset(&unread, 0, sizeof(unread));
+    unread_count = 0;
+    tracker_reads = false;
     has_child = child_known = false;
     random_state = seed;
     depth = 0;

@@ -263,9 +263,6 @@ void tracker_look(struct mover *mover)
     while ((int)(t->done - mine) < 0)
         pthread_cond_wait(&t->looked, &t->lock);
     pthread_mutex_unlock(&t->lock);
-    if (!mf_uffd_alive(t->uffd))
-        link_fail(mover, "the process of %s has ended, or has become another program (exec)",
-                  mover->name);
 }
 
 static void look_if_wanted(struct tracker *t)

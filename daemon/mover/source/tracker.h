@@ -46,8 +46,7 @@ int tracker_start(struct mover *mover);
 
 /**
  * tracker_look() - main thread: have everything read that the target has said until now, and its
- * maps looked at. If the target is gone, or has become another program by exec(2), the link is
- * failed with a sentence. Does nothing where writes are not tracked, and after RELEASE, when
- * nothing changes any more.
+ * maps looked at. Does nothing where writes are not tracked, and after RELEASE, when nothing
+ * changes any more.
  */
 void tracker_look(struct mover *mover);
