@@ -1131,7 +1131,7 @@ static void answer_step(void)
 static void step(unsigned actor)
 {
     /* Inside the gate nobody waits for others, who here would have to come in between. */
-    if (busy[actor] || (actor < SOURCE_URGENT && inside_at_source()))
+    if (busy[actor] || (actor < SOURCE_URGENT && (inside_at_source() || tracker_reads)))
         return;
     busy[actor] = true;
     if (actor < SOURCE_URGENT)
