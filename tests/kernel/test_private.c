@@ -203,6 +203,31 @@ static void dontunmap_takes_the_pages_along(void **state)
     munmap(to, LENGTH);
 }
 
+static void a_missing_page_is_missing_where_it_was_moved_to(void **state)
+{
+    (void)state;
+    char *to = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_true(to != MAP_FAILED);
+    watch_missing(memory);
+    struct actor mover = {
+        .act = ACT_REMAP, .at = memory + 4 * PAGE, .length_bytes = PAGE, .to = to};
+    actor_start(&mover);
+    assert_int_equal(next_message(uffd).event, UFFD_EVENT_REMAP);
+    assert_int_equal(next_message(uffd).event, UFFD_EVENT_UNMAP);
+    actor_finish(&mover);
+    assert_int_equal(mover.rc, 0);
+    struct actor reader = {.act = ACT_READ, .at = to};
+    actor_start(&reader);
+    struct uffd_msg message = next_message(uffd);
+    assert_int_equal(message.event, UFFD_EVENT_PAGEFAULT);
+    assert_int_equal(copy_to(uffd, to, 4, 1, NULL), 0);
+    actor_finish(&reader);
+    assert_int_equal(reader.value, 'e');
+    close(uffd);
+    uffd = -1;
+    munmap(to, PAGE);
+}
+
 static void *fork_and_read(void *arg)
 {
     /* The child reads a page that is missing in both, then one that its parent has. */
@@ -415,6 +440,7 @@ int main(int argc, char **argv)
         FACT_WITH(dontneed_tells_then_the_page_is_missing_again, set_up, tear_down),
         FACT_WITH(a_copy_after_the_event_brings_discarded_bytes_back, set_up, tear_down),
         FACT_WITH(dontunmap_takes_the_pages_along, set_up, tear_down),
+        FACT_WITH(a_missing_page_is_missing_where_it_was_moved_to, set_up, tear_down),
         FACT_WITH(a_forked_child_misses_what_its_parent_misses, set_up, tear_down),
         FACT_WITH(holes_and_the_page_of_zeros_hold_nothing, set_up, tear_down),
         FACT_WITH(protected_memory_can_be_read, set_up, tear_down),
