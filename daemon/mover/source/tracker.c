@@ -296,29 +296,36 @@ static void forget_race(struct tracker *t)
     mf_gate_open(&t->mover->gate);
 }
 
+/* Room for @count of them; the program ends where there is none. */
+static struct pollfd *make_room(struct tracker *t, struct pollfd *wait, uint32_t count)
+{
+    struct pollfd *grown = realloc(wait, count * sizeof(*wait));
+    if (!grown)
+        mover_fatal("out of memory for the children of %s", t->mover->name);
+    return grown;
+}
+
 static void *tracker_main(void *arg)
 {
     struct tracker *t = arg;
-    struct pollfd *wait = NULL;
-    uint32_t room = 0;
+    uint32_t room = 64;
+    struct pollfd *wait = make_room(t, NULL, room);
     prctl(PR_SET_NAME, "layout");
     schedule_first();
     for (;;) {
         const uint32_t count = t->mover->contexts.count;
-        if (count + 1 > room) {
-            struct pollfd *grown = realloc(wait, (count + 64) * sizeof(*wait));
-            if (!grown)
-                mover_fatal("out of memory for the children of %s", t->mover->name);
-            wait = grown;
-            room = count + 64;
-        }
+        if (count >= room)
+            wait = make_room(t, wait, room = count + 64);
         for (uint32_t i = 0; i < count; i++)
             wait[i] =
                 (struct pollfd){.fd = mf_context_uffd(&t->mover->contexts, i), .events = POLLIN};
         wait[count] = (struct pollfd){.fd = t->wake_fd, .events = POLLIN};
-        if (poll(wait, count + 1, t->children ? CHILDREN_LOOK_MS : -1) < 0 && errno != EINTR)
+        if (poll(wait, count + 1, t->children ? CHILDREN_LOOK_MS : -1) < 0) {
+            if (errno == EINTR)
+                continue;
             mover_fatal("cannot wait for what %s does to its memory: %s", t->mover->name,
                         strerror(errno));
+        }
         for (uint32_t i = 0; i < count; i++)
             if (wait[i].revents)
                 read_context(t, i);
