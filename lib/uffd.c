@@ -99,7 +99,7 @@ int mf_uffd_api(int uffd, uint64_t required, uint64_t wanted, uint64_t *enabled,
 {
     /* The handshake can be done once only and fails as a whole on a single unknown bit, so what the
      * kernel has is found on a throw-away descriptor. */
-    uint64_t available;
+    uint64_t available = 0;
     cleanup_close int throw_away = mf_uffd_open();
     if (throw_away == -EPERM) /* what is asked for may be one for user mode */
         throw_away = mf_uffd_open_user();

@@ -13,8 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MF_WIRE_VERSION 1u        /**< what this software speaks */
-#define MF_WIRE_OLDEST_VERSION 1u /**< the oldest it still understands */
+#define MF_WIRE_VERSION 2u        /**< what this software speaks */
+#define MF_WIRE_OLDEST_VERSION 2u /**< the oldest it still understands */
 
 #define MF_PREAMBLE_BYTES 128u
 #define MF_PREAMBLE_REPLY_BYTES 32u

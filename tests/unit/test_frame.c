@@ -59,8 +59,8 @@ static void preamble_has_its_bytes(void **state)
     uint8_t bytes[MF_PREAMBLE_BYTES], expected[MF_PREAMBLE_BYTES] = {0};
     mf_preamble_encode(&good, bytes);
     memcpy(expected, "MEMFERRY", 8);
-    expected[8] = 1;
-    expected[12] = 1;
+    expected[8] = MF_WIRE_VERSION;
+    expected[12] = MF_WIRE_OLDEST_VERSION;
     memcpy(expected + 16, good.session_id, 16);
     expected[32] = 4;
     expected[34] = 2;
@@ -87,9 +87,9 @@ static void preamble_refuses(void **state)
 {
     (void)state;
     for (unsigned i = 0; i < 8; i++)
-        assert_int_equal(with_byte(i, '?'), -EPROTO); /* magic */
-    assert_int_equal(with_byte(12, 2), -EPROTO);      /* oldest beyond version */
-    assert_int_equal(with_byte(32, 0), -EPROTO);      /* kinds there are not */
+        assert_int_equal(with_byte(i, '?'), -EPROTO);              /* magic */
+    assert_int_equal(with_byte(12, MF_WIRE_VERSION + 1), -EPROTO); /* oldest beyond version */
+    assert_int_equal(with_byte(32, 0), -EPROTO);                   /* kinds there are not */
     assert_int_equal(with_byte(32, 6), -EPROTO);
     assert_int_equal(with_byte(33, 1), -EPROTO);
     assert_int_equal(with_byte(34, 4), -EPROTO); /* stream 4 of 4 */

@@ -5,7 +5,7 @@ import threading
 
 from .net import socket_in
 
-VERSION = 1
+VERSION = 2
 CONTROL, DEVICE, URGENT, BULK = 1, 2, 3, 4
 PREAMBLE = struct.Struct("<8sII16sHHHHI20x64s")
 PREAMBLE_REPLY = struct.Struct("<8sIII12x")
