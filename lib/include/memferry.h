@@ -138,7 +138,10 @@ struct memferry_server_options {
 /** Children of fork(2) are served as well. Needs CAP_SYS_PTRACE, and the child waits for the server
  * while it is being made. Without it a child finds zeros where its parent would have waited.
  * Where the serving process serves itself, no callback may allocate memory, use stdio or take any
- * other lock that fork(2) holds (pthread_atfork(3)): the fork waits for the server. */
+ * other lock that fork(2) holds (pthread_atfork(3)): the fork waits for the server.
+ * Limit: where several threads fork at once a child's process may stay unknown until it first waits
+ * for a page. What such a child takes out of a file by MADV_REMOVE before that is not noticed, and
+ * pages of it that were missing are filled later. */
 #define MEMFERRY_FOLLOW_FORKS 0x1u
 /** Every REMOVE event discards the pages. Without this it is looked whether it was MADV_DONTNEED,
  * which leaves a file's pages as they are: before an event is read the process's threads are looked

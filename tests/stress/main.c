@@ -4,6 +4,10 @@
  *               [--contexts N] [--operations N] [--seconds N] [--rounds N]
  *               [--quiet-children] [--sabotage wrong-page|lost-fault]
  *
+ * --quiet-children: children of fork(2) read, fork and exec, but change nothing. What they may
+ * change and what not is in memferry.h (MEMFERRY_FOLLOW_FORKS); without this option they do all the
+ * same.
+ *
  * Rounds until the time is over or so many are done. MF_SEED=N replays: the first round's seed is
  * N, each further one's is one more. Exit 0: not one wrong page, no fault unanswered, nothing
  * leaked.
