@@ -169,7 +169,7 @@ def session_on(sandbox, codename):
     need(answer["state"] == "done" and re.search(r"^arrived: OK pages=[1-9]\d* wrong=0; OK .* wrong=0 ", said, re.M),
          f"not all arrived on Linux {kernel.release}: {said}")
     if kernel.version() >= (6, 7):
-        need(answer["mode"] == "hybrid" and answer["rounds"] >= 1 and not answer["reason"],
+        need(answer["mode"] == "hybrid" and answer["rounds"] >= 1 and "WP_ASYNC" not in answer["reason"],
              f"Linux {kernel.release} should allow rounds: {answer}")
     else:
         need(answer["mode"] == "postcopy" and answer["rounds"] == 0
