@@ -77,9 +77,9 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
 /**
  * mf_observe_settle() - after one message was read and mf_change_from_event() named several
  * candidates: complete @change by who has gone on, while the others still wait. Takes some 50 µs
- * as a rule, 200 ms at most. Return: false where it can't be told (whoever went on waits in an equal
- * call again): then `tid` stays 0, `reason` is what all of them agree in, and no further message
- * may be read before mf_observe() was called again.
+ * as a rule, 200 ms at most. Return: false where it can't be told (whoever went on waits in an
+ * equal call again): then `tid` stays 0, `reason` is what all of them agree in, and no further
+ * message may be read before mf_observe() was called again.
  */
 bool mf_observe_settle(int proc_fd, struct mf_blocked *blocked, size_t count,
                        struct mf_change *change);

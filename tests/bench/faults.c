@@ -108,7 +108,7 @@ static uint64_t quantile(double of)
 
 static void touch_all(const char *way)
 {
-    pthread_t thread[THREADS_MAX];
+    pthread_t thread[THREADS_MAX] = {0};
     pthread_barrier_init(&start, NULL, thread_count + 1);
     for (uintptr_t i = 0; i < thread_count; i++)
         must(pthread_create(&thread[i], NULL, touch, (void *)i) == 0, "a thread");

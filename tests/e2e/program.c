@@ -426,7 +426,7 @@ static void fork_private_child(struct worker *w, unsigned region, unsigned chunk
             verify(base + page * page_bytes, region, first + page);
         if (grandchild > 0)
             waitpid(grandchild, &status, 0);
-        _exit(status || wrong_pages != wrong_before);
+        _exit(status || wrong_pages != wrong_before ? 1 : 0);
     }
     int status = 1;
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
@@ -736,6 +736,7 @@ static int serve(const char *path)
         listen(listener, 8) != 0)
         die("listening on %s", path);
     for (;;) {
+        /* cppcheck-suppress nullPointer ; both may be: accept(2) */
         int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0)
             continue;

@@ -263,8 +263,9 @@ uint8_t *arena_reserve(const struct arena *a, uint64_t length_bytes)
     uint8_t *at =
         mmap(NULL, length_bytes + a->page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(at != MAP_FAILED);
-    at += a->page_bytes - 1;
-    return at - (uintptr_t)at % a->page_bytes;
+    const uintptr_t beyond = (uintptr_t)at % a->page_bytes;
+    /* cppcheck-suppress memleak ; the caller's */
+    return beyond ? at + (a->page_bytes - beyond) : at;
 }
 
 /* ---- what the server tells ---- */

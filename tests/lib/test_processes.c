@@ -160,7 +160,7 @@ static int make_slowly(void *arg, struct memferry_server *server, struct memferr
 static _Noreturn void serve_parent(struct arena *a, int uffd, int states, int go, bool first)
 {
     struct runner filler;
-    char byte;
+    char byte = 0;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (read(go, &byte, 1) != 1)
         _exit(0);
@@ -196,7 +196,7 @@ static void nothing_is_lost_when_servers_are_killed(void **state)
     struct runner touchers[2];
     int go[SERVERS][2];
     pid_t pid[SERVERS];
-    char byte;
+    char byte = 0;
     uint64_t random = 5;
     arena_map(&a, memory, PAGES);
     int states = memfd_create("memferry-states", MFD_CLOEXEC);
@@ -268,7 +268,7 @@ static void the_memory_of_another_process_is_served(void **state)
     (void)state;
     struct arena a;
     int pair[2];
-    char byte;
+    char byte = 0;
     arena_map(&a, memory, PAGES);
     must(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
     pid_t child = fork();

@@ -190,7 +190,7 @@ static void chance(uint64_t seed)
 {
     int truth[PLACES];
     unsigned where[ACTORS];
-    struct event queued[ACTORS];
+    struct event queued[ACTORS] = {0};
     unsigned stage[ACTORS] = {0}; /* 0: works, 1: REMAP to be read, 2: UNMAP to be read */
     fresh(NULL);
     random_state = seed;
