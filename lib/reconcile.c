@@ -1,91 +1,13 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/reconcile.h"
 
-#include <errno.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "lib/layout.h"
 #include "lib/util.h"
 
 #define SPANS_MAX 64u /**< lost or found at once; it is one event that is missing, as a rule */
-
-/** struct reader - lines of a file, by read(2) alone: a mover's system-call filter allows that. */
-struct reader {
-    int fd;
-    size_t have, at;
-    char line[1024]; /**< longer ones are cut: what matters is in front */
-    char buffer[16384];
-};
-
-/* Return: 1, 0 at the end, or -errno. */
-static int next_line(struct reader *r)
-{
-    size_t length = 0;
-    for (;;) {
-        if (r->at == r->have) {
-            ssize_t n = read(r->fd, r->buffer, sizeof(r->buffer));
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n <= 0)
-                return n < 0 ? -errno : 0;
-            r->have = (size_t)n;
-            r->at = 0;
-        }
-        const char c = r->buffer[r->at++];
-        if (c != '\n') {
-            if (length + 1 < sizeof(r->line))
-                r->line[length++] = c;
-            continue;
-        }
-        r->line[length] = '\0';
-        return 1;
-    }
-}
-
-int mf_watched_spans(int smaps_fd, struct mf_span **out, unsigned *count)
-{
-    cleanup_free struct mf_span *spans = NULL;
-    struct reader reader = {.fd = smaps_fd};
-    unsigned used = 0, room = 0;
-    struct mf_vma vma = {0};
-    bool is_private = false;
-    int r;
-    if (lseek(smaps_fd, 0, SEEK_SET) < 0)
-        return -errno;
-    while ((r = next_line(&reader)) > 0) {
-        if (strncmp(reader.line, "VmFlags:", 8) != 0) {
-            struct mf_vma next;
-            if (mf_vma_parse(reader.line, &next) == 0) {
-                vma = next;
-                is_private = mf_vma_is_private(&vma);
-            }
-            continue;
-        }
-        if (!is_private || !strstr(reader.line, " um"))
-            continue;
-        if (used > 0 && spans[used - 1].end_addr == vma.start_addr) {
-            spans[used - 1].end_addr = vma.end_addr;
-            continue;
-        }
-        if (used == room) {
-            room = room ? 2 * room : 64;
-            struct mf_span *grown = reallocarray(spans, room, sizeof(*spans));
-            if (!grown)
-                return -ENOMEM;
-            spans = grown;
-        }
-        spans[used++] = (struct mf_span){vma.start_addr, vma.end_addr};
-    }
-    if (r < 0)
-        return r;
-    *out = spans;
-    spans = NULL;
-    *count = used;
-    return 0;
-}
 
 static uint64_t length_of(const struct mf_span *span)
 {

@@ -11,21 +11,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "lib/error.h"
+#include "lib/smaps.h"
 #include "lib/target.h"
-
-/** struct mf_span - addresses. */
-struct mf_span {
-    uint64_t start_addr, end_addr;
-};
-
-/**
- * mf_watched_spans() - what of a process's private anonymous memory a userfaultfd with MISSING
- * watches: VmFlags "um" in /proc/PID/smaps. Neighbours are merged.
- * @smaps_fd: open for reading; read from its beginning. @out: malloc'ed array of *@count, the
- * caller's. Return: 0 or -errno.
- */
-int mf_watched_spans(int smaps_fd, struct mf_span **out, unsigned *count);
 
 /**
  * mf_reconcile() - bring @pieces (of one context, in any order) in line with @watched.

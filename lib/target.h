@@ -116,6 +116,11 @@ bool mf_vma_is_private(const struct mf_vma *vma);
 int mf_target_file(pid_t pid, const struct mf_vma *vma, const char *name, bool writable,
                    struct mf_region_source *out, struct mf_error *err);
 
+/** mf_region_of() - which of @regions @vma maps a part of, and the part's place; -1: none. Of
+ * private memory only what lies within its range counts. */
+int mf_region_of(const struct mf_vma *vma, const struct mf_region_source *regions,
+                 unsigned region_count, struct mf_mapping *part);
+
 /**
  * mf_target_mappings() - the target's mappings of all regions, neighbours merged.
  * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when

@@ -129,10 +129,8 @@ bool mf_vma_is_private(const struct mf_vma *vma)
             strncmp(vma->path, "[anon:", 6) == 0);
 }
 
-/** region_of() - the region that @vma maps a part of, with the part's place; -1: none. Of a private
- * region only what lies within its range counts. */
-static int region_of(const struct mf_vma *vma, const struct mf_region_source *regions,
-                     unsigned region_count, struct mf_mapping *part)
+int mf_region_of(const struct mf_vma *vma, const struct mf_region_source *regions,
+                 unsigned region_count, struct mf_mapping *part)
 {
     for (unsigned i = 0; i < region_count; i++) {
         const struct mf_region_source *r = &regions[i];
@@ -167,7 +165,7 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
     for (size_t i = 0; i < count; i++) {
         const struct mf_vma *vma = &vmas[i];
         struct mf_mapping part;
-        int region = region_of(vma, regions, region_count, &part);
+        int region = mf_region_of(vma, regions, region_count, &part);
         if (region < 0)
             continue;
         if (!vma->shared && regions[region].kind != MF_MEMORY_PRIVATE)
@@ -206,7 +204,7 @@ static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsig
     while (f && getline(&line, &line_size, f) > 0) {
         /* Private memory is nobody else's: only shared mappings count. */
         if (mf_vma_parse(line, &vma) == 0 && vma.shared &&
-            region_of(&vma, regions, region_count, &part) >= 0)
+            mf_region_of(&vma, regions, region_count, &part) >= 0)
             return true;
     }
     return false;

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "lib/log.h"
+#include "lib/smaps.h"
 #include "lib/util.h"
 #include "peer.pb-c.h"
 
@@ -64,6 +65,15 @@ static void close_device_peer(struct session *session)
 static void start_vmm(struct session *session)
 {
     int pair[2];
+    struct mf_error err;
+    /* A program may have come to serve faults of its own since it was looked at; not while it is
+     * paused, since smaps takes its time. */
+    if (session->role == MF_SOURCE && session_vmm_ops(session) == &vmm_process &&
+        mf_refuse_served(session->pid, session->region, session->region_count, &err) < 0) {
+        session_set_reason(session, "%s", err.text);
+        session_event(session, MF_EV_VMM_FAILED);
+        return;
+    }
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) {
         session_set_reason(session, "cannot make a socket for the device state of %s: %s",
                            session->name, strerror(errno));

@@ -11,7 +11,9 @@
  * usage: program serve SOCKET [--wait] [--shared-model] [--regions N] [--mib N] [--threads N]
  *                [--hugetlb | --private [--thp]] [--ops LETTERS] [--seed N]
  *        program ask SOCKET VERB        pause, resume, save (to stdout), load (from stdin), verify,
- *                                       status; prints the answer; exit 0 if it is OK
+ *                                       status; serve (faults of its own), scatter (its mappings),
+ *                                       orphan (a process with the same memory), exec;
+ *                                       prints the answer; exit 0 if it is OK
  * --wait: do nothing before `resume`.
  * --thp: asks for huge pages (MADV_HUGEPAGE).
  * --private: the regions are private anonymous memory, at PRIVATE_ADDR; what is a change to a file
@@ -24,6 +26,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -33,6 +36,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -47,6 +51,7 @@
 #define THREADS_MAX 8u
 #define CHUNKS 4u /* of a thread in a region: each is a mapping of its own */
 #define PRIVATE_ADDR UINT64_C(0x500000000000) /* region i: plus i << 36 */
+#define PIECES 700u /* more than a session is begun with (MF_MAPPINGS_MAX) */
 #define STATE_MAGIC UINT64_C(0x6d66727970726f67)
 
 /** The model of a page: generation, and the one that it is being brought to. 0: zeros. */
@@ -617,6 +622,55 @@ static void park(bool wanted)
     pthread_mutex_unlock(&lock);
 }
 
+/* A userfaultfd of its own over another mapping of a region, which nobody touches. */
+static const char *serve_itself(void)
+{
+    struct uffdio_api api = {.api = UFFD_API};
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    void *at = mmap(NULL, page_bytes, PROT_READ, MAP_SHARED, region_fd[0], 0);
+    struct uffdio_register range = {.range = {.start = (uintptr_t)at, .len = page_bytes},
+                                    .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (uffd < 0 || at == MAP_FAILED || ioctl(uffd, UFFDIO_API, &api) != 0 ||
+        ioctl(uffd, UFFDIO_REGISTER, &range) != 0)
+        return "ERROR no userfaultfd";
+    return "OK serves";
+}
+
+/* Into many pieces: every second page of a mapping that is made for it. */
+static const char *scatter(void)
+{
+    uint8_t *at = mmap(NULL, 2 * PIECES * page_bytes, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (unsigned i = 0; at != MAP_FAILED && i < PIECES; i++)
+        if (mmap(at + 2 * i * page_bytes, page_bytes, PROT_READ, MAP_SHARED | MAP_FIXED,
+                 region_fd[0], (off_t)(i * page_bytes)) == MAP_FAILED)
+            at = MAP_FAILED;
+    return at == MAP_FAILED ? "ERROR mapping" : "OK in pieces";
+}
+
+/* A grandchild that nobody is the parent of, with all memory shared; it writes nothing. */
+static void leave_orphan(char *text, size_t size)
+{
+    int pair[2];
+    pid_t orphan = 0;
+    if (pipe(pair) != 0)
+        return;
+    pid_t child = fork();
+    if (child == 0) {
+        orphan = fork();
+        if (orphan == 0) {
+            sleep(60);
+            _exit(0);
+        }
+        mf_write_all(pair[1], &orphan, sizeof(orphan));
+        _exit(0);
+    }
+    if (child > 0 && waitpid(child, NULL, 0) == child && read_all(pair[0], &orphan, sizeof(orphan)))
+        snprintf(text, size, "OK %d", (int)orphan);
+    close(pair[0]);
+    close(pair[1]);
+}
+
 static void answer(int fd)
 {
     char verb[16] = "", text[128] = "ERROR no such verb";
@@ -646,6 +700,12 @@ static void answer(int fd)
         snprintf(text, sizeof(text), "OK pages=%llu wrong=%llu", (unsigned long long)verified_pages,
                  (unsigned long long)wrong_pages);
         pthread_mutex_unlock(&lock);
+    } else if (strcmp(verb, "serve") == 0) {
+        said = serve_itself();
+    } else if (strcmp(verb, "scatter") == 0) {
+        said = scatter();
+    } else if (strcmp(verb, "orphan") == 0) {
+        leave_orphan(text, sizeof(text));
     } else if (strcmp(verb, "exec") == 0) {
         mf_write_all(fd, "OK", 2);
         close(fd);

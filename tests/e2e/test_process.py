@@ -795,6 +795,27 @@ def process_refusals(sandbox):
 
 
 @e2e()
+def process_serves_itself(sandbox):
+    """What a userfaultfd of somebody else's has not filled yet is missing: refused, also when it comes later."""
+    pair = Pair(sandbox)
+    pair.receive()
+    verb = pair.begin("--mode", "hybrid", "--bandwidth", "2M")
+    pair.a.wait_state(pair.name, "precopy")
+    pair.source.ask("serve")
+    pair.a.expect(0, "switch", pair.name)
+    answer = pair.finish(verb, code=1)
+    need("served by a userfaultfd" in answer.json["reason"], f"the reason: {answer}")
+    pair.check_stayed()
+    pair.fresh_destination()
+    for mode in "postcopy", "hybrid":
+        pair.receive()
+        answer = pair.a.memferry("migrate", pair.name, *pair.source_commands(), "--to", pair.b.address, "--mode", mode)
+        need(answer.code == 1 and "served by a userfaultfd" in answer.err, f"should be refused in {mode}: {answer}")
+        pair.b.expect(0, "cancel", pair.name)
+    pair.check_stayed()
+
+
+@e2e()
 def process_chosen_region(sandbox):
     """One of two regions, named on each host; the other is none of memferry's business."""
     pair = Pair(sandbox, "--regions", "1")

@@ -126,7 +126,7 @@ static void reads_smaps(void **state)
     unsigned spans_count = 7;
     FILE *f = fopen("/proc/self/smaps", "re");
     assert_non_null(f);
-    assert_int_equal(mf_watched_spans(fileno(f), &spans, &spans_count), 0);
+    assert_int_equal(mf_served_spans(fileno(f), mf_served_private, NULL, &spans, &spans_count), 0);
     assert_int_equal(spans_count, 0);
     free(spans);
     fclose(f);
@@ -139,7 +139,7 @@ static void reads_smaps(void **state)
     int fd = memfd_create("smaps", MFD_CLOEXEC);
     assert_int_equal(write(fd, text, sizeof(text) - 1), sizeof(text) - 1);
     assert_int_equal(lseek(fd, 0, SEEK_SET), 0);
-    assert_int_equal(mf_watched_spans(fd, &spans, &spans_count), 0);
+    assert_int_equal(mf_served_spans(fd, mf_served_private, NULL, &spans, &spans_count), 0);
     assert_int_equal(spans_count, 2);
     assert_true(spans[0].start_addr == 0x1000 && spans[0].end_addr == 0x4000);
     assert_true(spans[1].start_addr == 0x8000 && spans[1].end_addr == 0x9000);

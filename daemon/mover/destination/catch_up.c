@@ -101,7 +101,8 @@ void catch_up(struct mover *mover, void (*read)(void *arg, uint32_t context), vo
         free(watched);
         watched = NULL;
         known = read_events(mover, read, arg) &&
-                mf_watched_spans(mover->smaps_fd, &watched, &watched_count) == 0 &&
+                mf_served_spans(mover->smaps_fd, mf_served_private, NULL, &watched,
+                                &watched_count) == 0 &&
                 mf_uffd_event_pending(mf_context_uffd(&mover->contexts, 0)) <= 0;
     }
     now_count = private_pieces(mover, now);
