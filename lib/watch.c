@@ -15,11 +15,12 @@
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
+#include "lib/withdraw.h"
 
 #define WATCH_EVENTS                                                                               \
     (UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |             \
      UFFD_FEATURE_EVENT_FORK)
-#define EXECS_MAX 5 /**< while one attaches */
+#define ATTACH_TRIES 5 /**< of a process that executes something or forks meanwhile */
 #define GONE_PATIENCE_NS                                                                           \
     UINT64_C(100000000)         /**< for an exec to show, which takes memory away too */
 #define KERNEL_THREAD 0x200000u /**< PF_KTHREAD of linux/sched.h, in proc_pid_stat(5)'s flags */
@@ -134,7 +135,8 @@ int mf_watch_find(struct mf_watch *watch, pid_t pid, struct mf_error *err)
 /* ------------------------------------------------------------------------------------- attaching
  */
 
-/** attach_once() - Return: 0, or -errno with a sentence (-EBADF: an exec came in between). */
+/** attach_once() - Return: 0, or -errno with a sentence (-EBADF: an exec came in between, -EBUSY: a
+ * fork). */
 static int attach_once(struct mf_watch *watch, struct mf_error *err)
 {
     int remote_fd;
@@ -142,11 +144,14 @@ static int attach_once(struct mf_watch *watch, struct mf_error *err)
         mf_inject_watching_userfaultfd(watch->pid, watch->pidfd, &remote_fd, err);
     if (uffd < 0)
         return uffd;
-    /* From here on nobody but us holds it. Were this to fail, a descriptor would stay behind in the
-     * process that is registered with nothing and so does nothing. */
-    int rc = mf_inject_close(watch->pid, remote_fd, err);
-    if (rc == 0)
-        rc = mf_uffd_api(uffd, MF_UFFD_FEATURES_WP | WATCH_EVENTS, 0, NULL, err);
+    int rc = mf_uffd_api(uffd, MF_UFFD_FEATURES_WP | WATCH_EVENTS, 0, NULL, err);
+    if (rc < 0) {
+        mf_inject_close(watch->pid, remote_fd, NULL);
+        return rc;
+    }
+    /* From here on nobody but us holds it. Were this to fail, a descriptor would stay behind
+     * somewhere that is registered with nothing and so does nothing. */
+    rc = mf_withdraw(watch->pid, uffd, remote_fd, err);
     if (rc < 0)
         return rc;
     watch->uffd = mf_steal_fd(&uffd);
@@ -167,8 +172,10 @@ int mf_watch_attach(struct mf_watch *watch, struct mf_error *err)
                        "wait on its pages (WP_ASYNC): boot Linux 6.7 or newer");
 
     /* An exec in between closes the descriptor there: then once more, with what it is now. */
-    for (unsigned tries = 0; (rc = attach_once(watch, err)) == -EBADF && tries < EXECS_MAX; tries++)
-        ;
+    unsigned tries = 0;
+    do
+        rc = attach_once(watch, err);
+    while ((rc == -EBADF || rc == -EBUSY) && ++tries < ATTACH_TRIES);
     return rc;
 }
 

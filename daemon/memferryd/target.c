@@ -24,6 +24,7 @@
 #include "lib/smaps.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
+#include "lib/withdraw.h"
 
 static void on_target_exit(evutil_socket_t fd, short what, void *arg)
 {
@@ -279,7 +280,7 @@ static void close_remote(struct session *session)
     struct mf_error err;
     if (session->remote_uffd < 0 || session->target_exited)
         return;
-    if (mf_inject_close(session->pid, session->remote_uffd, &err) < 0)
+    if (mf_withdraw(session->pid, session->uffd, session->remote_uffd, &err) < 0)
         mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
                session_noun(session), err.text);
     else
@@ -294,11 +295,12 @@ int target_track(struct session *session, struct mf_error *err)
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
-    /* While nothing is registered nobody waits for events, and the target can still be stopped. */
-    close_remote(session);
     uint64_t enabled = 0;
     struct mf_mapping first = {0};
     int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP_EVENTS, 0, &enabled, err);
+    /* While nothing is registered nobody waits for events, and the target can still be stopped. */
+    if (r == 0)
+        close_remote(session);
     if (r == 0)
         r = watch_writes(session, &first, err);
     if (r < 0)

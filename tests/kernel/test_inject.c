@@ -10,6 +10,7 @@
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -20,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -32,6 +34,7 @@
 #include "lib/uapi.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
+#include "lib/withdraw.h"
 
 static const char *victim_path;
 static unsigned rounds = 60;
@@ -528,6 +531,78 @@ static void under_a_filter_of_its_own_takes_only_qemu(void **state)
     assert_int_equal(status, 0);
 }
 
+static unsigned holders(const struct stat *of, int fd)
+{
+    unsigned count = 0;
+    cleanup_closedir DIR *proc = opendir("/proc");
+    for (struct dirent *entry; proc && (entry = readdir(proc));) {
+        char path[300];
+        struct stat st;
+        snprintf(path, sizeof(path), "/proc/%s/fd/%d", entry->d_name, fd);
+        count += stat(path, &st) == 0 && st.st_dev == of->st_dev && st.st_ino == of->st_ino &&
+                 strtol(entry->d_name, NULL, 10) != getpid();
+    }
+    return count;
+}
+
+static _Noreturn void *fork_without_end(void *arg)
+{
+    pid_t alive[24] = {0};
+    (void)arg;
+    for (size_t i = 0;; i = (i + 1) % (sizeof(alive) / sizeof(alive[0]))) {
+        if (alive[i]) {
+            kill(alive[i], SIGKILL);
+            waitpid(alive[i], NULL, 0);
+        }
+        alive[i] = fork();
+        if (alive[i] == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            for (;;)
+                pause();
+        }
+    }
+}
+
+/** A thread forks children that stay, and copies enough memory for a fork to take a while. */
+static void leaves_no_copy_to_children(void **state)
+{
+    (void)state;
+    const size_t length_bytes = (size_t)64 << 20;
+    struct child child = {.pid = fork()};
+    if (child.pid == 0) {
+        pthread_t forker;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        char *memory =
+            mmap(NULL, length_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        madvise(memory, length_bytes, MADV_NOHUGEPAGE);
+        memset(memory, 1, length_bytes);
+        if (pthread_create(&forker, NULL, fork_without_end, NULL) != 0)
+            _exit(1);
+        for (;;)
+            pause();
+    }
+    child.pidfd = (int)syscall(SYS_pidfd_open, child.pid, 0);
+    unsigned copies = 0;
+    nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    for (unsigned i = 0; i < rounds; i++) {
+        int remote_fd = -1;
+        struct mf_error err = {0};
+        struct stat st;
+        cleanup_close int fd = inject(&child, &remote_fd);
+        assert_int_equal(fstat(fd, &st), 0);
+        assert_int_equal(mf_uffd_api(fd, MF_UFFD_FEATURES_WP, 0, NULL, &err), 0);
+        copies += holders(&st, remote_fd) - 1;
+        if (mf_withdraw(child.pid, fd, remote_fd, &err) < 0)
+            fail_msg("not withdrawn: %s", err.text);
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        assert_int_equal(holders(&st, remote_fd), 0);
+    }
+    print_message("%u copies in %u rounds\n", copies, rounds);
+    kill(child.pid, SIGKILL);
+    waitpid(child.pid, NULL, 0);
+    close(child.pidfd);
+}
+
 /** Nothing of ours may remain: no child, hence no helper, and no descriptor. */
 static unsigned fds_at_start;
 
@@ -574,6 +649,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(refuses_one_traced_by_another, leaves_nothing_behind),
         cmocka_unit_test_teardown(passes_through_qemus_sandbox, leaves_nothing_behind),
         cmocka_unit_test_teardown(under_a_filter_of_its_own_takes_only_qemu, leaves_nothing_behind),
+        cmocka_unit_test_teardown(leaves_no_copy_to_children, leaves_nothing_behind),
     };
     return cmocka_run_group_tests_name("inject", tests, NULL, NULL);
 }
