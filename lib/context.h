@@ -29,6 +29,7 @@ struct mf_context {
     bool child;             /**< came by a fork */
     bool unknown;           /**< for its owner: what private memory it maps is not known */
     bool leaving;           /**< for its owner: it is being dropped */
+    bool held;              /**< for its owner: a fork waits in it, as no descriptor is free */
     struct mf_zeros *zeros; /**< owned; private pages that were discarded here alone */
     unsigned maps_tries;    /**< for its owner: maps_fd was asked for in vain so often */
 };
@@ -50,11 +51,26 @@ static inline struct mf_context *mf_context_at(const struct mf_contexts *context
     return context->uffd >= 0 ? context : 0;
 }
 
+/*
+ * A held context. A fork's event that brings a descriptor can't be read when none is free, and as
+ * long as it is unread the kernel refuses every fill of its address space. So nothing is filled
+ * there meanwhile, or those who fill would serve nobody else; whoever waits goes on waiting. Its
+ * owner sets `held`, with the gate closed, when reading has failed so; tries to read again now and
+ * then; and when that works clears it and wakes all who wait (mf_uffd_wake_all()), who fault again.
+ */
+
 /** mf_context_uffd() - the userfaultfd, or -1, on which every call fails harmlessly with EBADF. */
 static inline int mf_context_uffd(const struct mf_contexts *contexts, uint32_t index)
 {
     const struct mf_context *context = mf_context_at(contexts, index);
     return context ? context->uffd : -1;
+}
+
+/** mf_context_fill_uffd() - the same for filling: -1 as well if it is held. */
+static inline int mf_context_fill_uffd(const struct mf_contexts *contexts, uint32_t index)
+{
+    const struct mf_context *context = mf_context_at(contexts, index);
+    return context && !context->held ? context->uffd : -1;
 }
 
 /** mf_contexts_add() - takes @uffd and @maps_fd (-1: none) over if it succeeds.

@@ -52,7 +52,8 @@ struct mf_lander {
 /**
  * mf_land_data() - the payload of a DATA frame, already received into @payload: claim the pages,
  * write them into the RAM file, confirm, resolve. Pages that somebody else has filled are skipped.
- * Return: 0, or -errno of writing the RAM file (-ENOSPC, -ENOMEM: the pages stay missing).
+ * Return: 0, or -errno of writing the RAM file (-ENOSPC, -ENOMEM: the pages stay missing). -EBUSY,
+ * of private memory: one of the contexts that map it is held (lib/context.h).
  */
 int mf_land_data(const struct mf_lander *lander, const struct mf_frame *frame,
                  const uint8_t *payload);

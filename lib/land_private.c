@@ -32,7 +32,8 @@
 /*
  * One look at the layout, one ioctl for each place. Inside the gate.
  * Return: 0; -EAGAIN: again, when the event has been read in @context; -E2BIG: the kernel did not
- * take it whole, page by page then; another -errno: no memory.
+ * take it whole, page by page then; -EBUSY: it is owed to a context that is held; another -errno:
+ * no memory.
  */
 static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64_t first,
                      uint64_t pages, const uint8_t *from, uint32_t *context)
@@ -53,6 +54,8 @@ static int copy_once(const struct mf_resolver *resolver, uint32_t region, uint64
                 return -E2BIG;
             continue; /* discarded here, while others still want it */
         }
+        if (at && at->held)
+            return pages > 1 ? -E2BIG : -EBUSY;
         const uint8_t *bytes = from + (range.offset_bytes - first * page_bytes);
         uint64_t done_bytes = 0;
         *context = range.context;

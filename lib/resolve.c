@@ -41,6 +41,8 @@ static int continue_range(int uffd, uint64_t at, uint64_t end, uint64_t page_byt
 {
     uint64_t step = end - at;
     int lacking = 0;
+    if (uffd < 0) /* gone, or held: who waits there faults again when it no longer is */
+        return 0;
     while (at < end) {
         uint64_t done_bytes = 0;
         int r = mf_uffd_continue(uffd, at, end - at < step ? end - at : step, &done_bytes);
@@ -77,8 +79,8 @@ static void resolve_piece(const struct mf_resolver *resolver, uint32_t region,
         mf_gate_enter(resolver->lane);
         while (r != -EAGAIN && mf_layout_next(resolver->layout, region, offset_bytes, length_bytes,
                                               &cursor, &range))
-            r = continue_range(mf_context_uffd(resolver->contexts, range.context), range.start_addr,
-                               range.start_addr + range.length_bytes, page_bytes);
+            r = continue_range(mf_context_fill_uffd(resolver->contexts, range.context),
+                               range.start_addr, range.start_addr + range.length_bytes, page_bytes);
         mf_gate_exit(resolver->lane);
         wait_for_memory(r);
         if (r != -EAGAIN)
@@ -116,6 +118,8 @@ void mf_resolve_wake(const struct mf_resolver *resolver, uint32_t region, uint64
 static int give_page(const struct mf_region *region, int uffd, uint64_t addr)
 {
     uint64_t done_bytes = 0;
+    if (uffd < 0)
+        return 0;
     int r = mf_uffd_continue(uffd, addr, region->page_bytes, &done_bytes);
     if (r == -EFAULT && region->kind == MF_MEMORY_HUGETLB)
         return r;
@@ -135,8 +139,13 @@ static int give_page(const struct mf_region *region, int uffd, uint64_t addr)
  * again. */
 static int zero_place(int uffd, uint64_t addr, uint64_t length_bytes)
 {
+    static const uint8_t zeros[4096];
     uint64_t done_bytes = 0;
+    if (uffd < 0)
+        return 0;
     int r = mf_uffd_zeropage(uffd, addr, length_bytes, &done_bytes);
+    if (r == -EEXIST && length_bytes == sizeof(zeros)) /* a page, or UFFDIO_POISON's mark */
+        r = mf_uffd_copy(uffd, addr, zeros, length_bytes, &done_bytes);
     if (r == -EAGAIN || r == -ENOMEM)
         return r;
     if (r < 0 && r != -ESRCH) /* EEXIST: it has the page. ENOENT: it is gone. */
@@ -154,8 +163,8 @@ static void give_private_zeros(const struct mf_resolver *resolver, uint32_t regi
         int r = atomic_load_explicit(&resolver->layout->owed, memory_order_acquire) ? -EAGAIN : 0;
         while (r == 0 && mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes,
                                         &cursor, &range)) {
-            r = zero_place(mf_context_uffd(resolver->contexts, range.context), range.start_addr,
-                           range.length_bytes);
+            r = zero_place(mf_context_fill_uffd(resolver->contexts, range.context),
+                           range.start_addr, range.length_bytes);
             context = range.context;
         }
         mf_gate_exit(resolver->lane);
@@ -184,13 +193,12 @@ void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint
         struct mf_mapping mapping;
         int r = 0;
         mf_gate_enter(resolver->lane);
-        const int uffd = mf_context_uffd(resolver->contexts, context);
         /* What has come to lie there meanwhile is served by its own fault. */
         if (mf_layout_find(resolver->layout, context, addr, &mapping) &&
             mf_resolve_reads_as_zeros(resolver->region, resolver->contexts, &mapping, addr))
-            r = zero_place(uffd, start, 4096);
+            r = zero_place(mf_context_fill_uffd(resolver->contexts, context), start, 4096);
         else
-            mf_uffd_wake(uffd, start, 4096);
+            mf_uffd_wake(mf_context_uffd(resolver->contexts, context), start, 4096);
         mf_gate_exit(resolver->lane);
         if (r == 0)
             return;
@@ -215,7 +223,7 @@ void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region_index, 
         while (r != -EAGAIN && r != -EFAULT &&
                mf_layout_next(resolver->layout, region_index, page * page_bytes, page_bytes,
                               &cursor, &range))
-            r = give_page(region, mf_context_uffd(resolver->contexts, range.context),
+            r = give_page(region, mf_context_fill_uffd(resolver->contexts, range.context),
                           range.start_addr);
         mf_gate_exit(resolver->lane);
         /* hugetlbfs has no ZEROPAGE: allocate the page, which is zeroed, and it can be mapped. That

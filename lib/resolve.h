@@ -6,7 +6,8 @@
  * Whoever calls has stored the page's state first (I1). A page may be mapped at several addresses,
  * in several processes, or at none any more. The look at the layout and the ioctl that relies on it
  * are made inside the gate (lib/gate.h), which keeps the one true for the other: while an event is
- * unread the ioctl fails with EAGAIN, and then the layout is looked at again.
+ * unread the ioctl fails with EAGAIN, and then the layout is looked at again. Contexts that are
+ * held (lib/context.h) are left out.
  *
  * Any number of threads may resolve at a time, each with a lane of its own. Nothing here allocates.
  */

@@ -203,6 +203,16 @@ int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes)
     return ioctl(uffd, UFFDIO_WAKE, &range) == 0 ? 0 : -errno;
 }
 
+void mf_uffd_wake_all(int uffd)
+{
+    /* The kernel wants addresses that a program could use, and how far up these go depends on the
+     * processor. */
+    const uint64_t lowest = 0x10000; /* or what vm.mmap_min_addr says, which is less or equal */
+    for (unsigned bits = 57; bits > 30; bits--)
+        if (mf_uffd_wake(uffd, lowest, (UINT64_C(1) << (bits - 1)) - lowest - 65536) == 0)
+            return;
+}
+
 int mf_uffd_unregister(int uffd, uint64_t start_addr, uint64_t length_bytes)
 {
     struct uffdio_range range = {.start = start_addr, .len = length_bytes};

@@ -85,6 +85,9 @@ int mf_uffd_unregister(int uffd, uint64_t start_addr, uint64_t length_bytes);
 /** mf_uffd_wake() - make every waiter in the range fault again. Return: 0 or -errno. */
 int mf_uffd_wake(int uffd, uint64_t start_addr, uint64_t length_bytes);
 
+/** mf_uffd_wake_all() - everybody, wherever their memory may lie by now. */
+void mf_uffd_wake_all(int uffd);
+
 /**
  * mf_uffd_continue(), mf_uffd_zeropage() - map present pages / zeros for the guest.
  * @done_bytes: bytes done from the start, also on failure; 0 if none. The kernel's result field is

@@ -80,16 +80,6 @@ static void take_over(struct mover *mover, bool restarted)
     }
 }
 
-/* Everybody, wherever their memory may lie by now. The kernel wants addresses that a program could
- * use, and how far up these go depends on the processor. */
-static void wake_all(int uffd)
-{
-    const uint64_t lowest = 0x10000; /* or what vm.mmap_min_addr says, which is less or equal */
-    for (unsigned bits = 57; bits > 30; bits--)
-        if (mf_uffd_wake(uffd, lowest, (UINT64_C(1) << (bits - 1)) - lowest - 65536) == 0)
-            return;
-}
-
 static bool is_private_mapping(const struct mover *mover, const struct mf_mapping *mapping)
 {
     return mapping->region == MF_REGION_ZEROS ||
@@ -269,5 +259,5 @@ all:
     introduce(mover, target);
     /* Whoever waits on a fault that a predecessor had read must fault again (doc/kernel.md). */
     for (uint32_t i = 0; i < mover->contexts.count; i++)
-        wake_all(mf_context_uffd(&mover->contexts, i));
+        mf_uffd_wake_all(mf_context_uffd(&mover->contexts, i));
 }

@@ -241,6 +241,36 @@ static void continue_overwrites_poison(void **state)
     area_free(&area);
 }
 
+/** In private memory, where COPY does; in shared memory it overwrites it. */
+static void zeropage_leaves_poison_in_private_memory(void **state)
+{
+    (void)state;
+    static const char letters[65536] = "b";
+    struct area area;
+    area_make_with(&area, AREA_SHMEM, 2, MF_UFFD_FEATURES | UFFD_FEATURE_POISON);
+    area_register(&area, BOTH_MODES);
+    char *private =
+        mmap(NULL, area.page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_ptr_not_equal(private, MAP_FAILED);
+    assert_int_equal(
+        range_register(area.uffd, private, area.page_bytes, UFFDIO_REGISTER_MODE_MISSING), 0);
+    char *const place[] = {area.guest, private};
+    for (size_t i = 0; i < 2; i++) {
+        struct uffdio_poison poison = {
+            .range = {.start = (uintptr_t)place[i], .len = area.page_bytes}};
+        struct uffdio_zeropage zeros = {.range = poison.range};
+        assert_int_equal(ioctl_errno(area.uffd, UFFDIO_POISON, &poison), 0);
+        assert_int_equal(ioctl_errno(area.uffd, UFFDIO_ZEROPAGE, &zeros), i == 0 ? 0 : EEXIST);
+    }
+    assert_int_equal(area.guest[0], 0);
+    struct uffdio_copy copy = {
+        .dst = (uintptr_t) private, .src = (uintptr_t)letters, .len = area.page_bytes};
+    assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), 0);
+    assert_int_equal(private[0], 'b');
+    munmap(private, area.page_bytes);
+    area_free(&area);
+}
+
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102
 #endif
@@ -350,6 +380,7 @@ int main(int argc, char **argv)
         FACT(registering_what_another_owns_is_ebusy),
         FACT(after_exit_fills_are_esrch),
         FACT_NEEDS(continue_overwrites_poison, UFFD_FEATURE_POISON),
+        FACT_NEEDS(zeropage_leaves_poison_in_private_memory, UFFD_FEATURE_POISON),
         FACT(continue_on_a_guard_overwrites_it_or_is_eexist),
         FACT(continue_of_a_private_mapping_is_read_only),
         FACT(private_memory_is_filled_by_copy_and_zeropage),
