@@ -267,8 +267,8 @@ static void zeropage_leaves_poison_in_private_memory(void **state)
         .dst = (uintptr_t) private, .src = (uintptr_t)letters, .len = area.page_bytes};
     assert_int_equal(ioctl_errno(area.uffd, UFFDIO_COPY, &copy), 0);
     assert_int_equal(private[0], 'b');
-    munmap(private, area.page_bytes);
     area_free(&area);
+    munmap(private, area.page_bytes);
 }
 
 #ifndef MADV_GUARD_INSTALL
