@@ -70,6 +70,12 @@ static bool same_id(const struct session *session, const struct mf_preamble *pre
            memcmp(session->id, preamble->session_id, sizeof(session->id)) == 0;
 }
 
+/* What a source of an ended session is to hear: may it let its VM go? */
+static enum mf_preamble_status ended_status(const struct session *session)
+{
+    return session->state == MF_DONE ? MF_PREAMBLE_DRAINED : MF_PREAMBLE_ENDED;
+}
+
 /* The control connection opens a link. */
 static enum mf_preamble_status open_link(struct session *session, const struct guest *g,
                                          const struct mf_preamble *preamble)
@@ -96,7 +102,7 @@ static enum mf_preamble_status open_link(struct session *session, const struct g
         session_set_reason(session, "the source at %s connected anew", g->peer);
         session_event(session, MF_EV_LINK_LOST);
         if (session_ended(session))
-            return MF_PREAMBLE_ENDED;
+            return ended_status(session);
     }
     if (session->state == MF_D_WAITING) {
         session_set_id(session, preamble->session_id);
@@ -126,7 +132,7 @@ static enum mf_preamble_status welcome(struct guest *g, const struct mf_preamble
     if (session_ended(session)) {
         if (!same_id(session, preamble))
             return MF_PREAMBLE_UNKNOWN_NAME;
-        return session->state == MF_DONE ? MF_PREAMBLE_DRAINED : MF_PREAMBLE_ENDED;
+        return ended_status(session);
     }
     if (preamble->kind == MF_CONNECTION_ABANDON) {
         if (same_id(session, preamble)) {
