@@ -215,6 +215,14 @@ static void destroy_later(evutil_socket_t fd, short what, void *arg)
     destroy(arg);
 }
 
+const struct session *session_of_pid(struct daemon *daemon, pid_t pid, const struct session *except)
+{
+    for (const struct session *s = *daemon_sessions(daemon); s; s = s->next)
+        if (s != except && s->pid == pid && !s->target_exited && !s->rejected && !session_ended(s))
+            return s;
+    return NULL;
+}
+
 /* A new session under @name; one that has ended makes room. NULL: refused, the waiter is told. */
 static struct session *create(struct daemon *daemon, const char *name,
                               const struct vmm_target *target, enum mf_role role,
@@ -243,6 +251,7 @@ static struct session *create(struct daemon *daemon, const char *name,
     s->role = role;
     s->state = role == MF_SOURCE ? MF_S_CONNECTING : MF_D_WAITING;
     s->starting = true;
+    s->pid = target->pid;
     s->pagemap_fd = s->populated_fd = s->layout_fd = -1;
     s->pidfd = s->uffd = s->remote_uffd = s->file_fd = s->device_peer_fd = -1;
     s->started_ns = mf_now_ns();
@@ -324,6 +333,10 @@ static void open_vmm(struct session *s, const struct vmm_target *named)
     target.stand_still = s->role == MF_SOURCE && s->rounds.mode != MF_POSTCOPY;
     const struct vmm_callbacks callbacks = {.probed = on_probed, .event = session_on_vmm, .arg = s};
     struct mf_error err;
+    if (target.pid && target_refuse_taken(s, &err) < 0) {
+        session_reject(s, "%s", err.text);
+        return;
+    }
     if (session_vmm_ops(s)->open(daemon_base(s->daemon), s->name, &target,
                                  s->role == MF_SOURCE ? VMM_SOURCE : VMM_DESTINATION, &callbacks,
                                  &s->vmm, &err) < 0)

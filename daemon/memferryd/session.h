@@ -142,6 +142,10 @@ void session_reject(struct session *session, const char *fmt, ...)
 void session_tell_cancelled(struct session *session, const char *error);
 /** session_read_figures() - from the session file into `figures`. */
 void session_read_figures(struct session *session);
+/** session_of_pid() - the session other than @except that has this process and has not ended; NULL:
+ * none. */
+const struct session *session_of_pid(struct daemon *daemon, pid_t pid,
+                                     const struct session *except);
 /** session_set_id() - as bytes and as text. */
 void session_set_id(struct session *session, const uint8_t id[MF_SESSION_ID_BYTES]);
 const struct vmm_ops *session_vmm_ops(const struct session *session);
@@ -188,6 +192,9 @@ void precopy_confirm(struct session *session);
 
 /* ---- target.c ---- */
 
+/** target_refuse_taken() - two sessions of one process would run it on two hosts (I6). Return: 0 or
+ * -EBUSY with a sentence that names the other. */
+int target_refuse_taken(const struct session *session, struct mf_error *err);
 /** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
  *  Return: 0 or -errno with the sentence of the refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);

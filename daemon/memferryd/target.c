@@ -354,13 +354,26 @@ static bool has_private(const struct session *session)
     return false;
 }
 
+int target_refuse_taken(const struct session *session, struct mf_error *err)
+{
+    const struct session *other = session_of_pid(session->daemon, session->pid, session);
+    if (!other)
+        return 0;
+    return mf_fail(err, EBUSY,
+                   "process %d belongs to session %s already, which is in state %s on this host; a "
+                   "process can have one session at a time",
+                   (int)session->pid, other->name, mf_state_name(other->state));
+}
+
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
     cleanup_free struct mf_vma *vmas = NULL;
     size_t vma_count = 0;
     session->pid = info->pid;
     session->dontneed_discards = info->dontneed_discards;
-    int r = watch(session, err);
+    int r = target_refuse_taken(session, err);
+    if (r == 0)
+        r = watch(session, err);
     if (r == 0)
         r = mf_target_vmas(session->pid, &vmas, &vma_count, err);
     if (r == 0)

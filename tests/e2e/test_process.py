@@ -788,8 +788,12 @@ def process_refusals(sandbox):
     # One that is attached already.
     pair.receive()
     again = pair.b.memferry("receive", "other", *pair.destination_commands())
-    need(again.code == 1 and again.err.strip(), f"memory can have one userfaultfd: {again}")
-    pair.finish(pair.begin())
+    need(again.code == 1 and "session prog already" in again.err, f"a process can have one session: {again}")
+    mark = os.path.join(sandbox.path, "mark")
+    verb = pair.begin(save=f"touch {mark}; sleep 1; {pair.source.command('save')}")
+    wait_until(lambda: os.path.exists(mark), 20, "it is saved")
+    refused("session prog already")
+    pair.finish(verb)
     pair.check_arrived()
     pair.forget()
 
