@@ -253,7 +253,7 @@ static struct session *create(struct daemon *daemon, const char *name,
     s->starting = true;
     s->pid = target->pid;
     s->pagemap_fd = s->populated_fd = s->layout_fd = -1;
-    s->pidfd = s->uffd = s->remote_uffd = s->file_fd = s->device_peer_fd = -1;
+    s->maps_fd = s->pidfd = s->uffd = s->remote_uffd = s->file_fd = s->device_peer_fd = -1;
     s->started_ns = mf_now_ns();
     s->streams = daemon_config(daemon)->streams;
     wait_in(&s->start_waiters, waiter);

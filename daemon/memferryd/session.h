@@ -72,6 +72,7 @@ struct session {
     pid_t pid;
     int pidfd;
     struct event *pidfd_event;
+    int maps_fd; /**< /proc/PID/maps as it was opened: empty once that memory is gone */
     struct event *exec_event; /**< looks from time to time: nothing tells of an execve(2) */
     bool target_exited;
     unsigned exec_seen; /**< so often its memory was seen to be gone while it lived */
@@ -198,6 +199,9 @@ int target_refuse_taken(const struct session *session, struct mf_error *err);
 /** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
  *  Return: 0 or -errno with the sentence of the refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
+/** target_memory_gone() - has the memory that the session began with gone, by execve(2) or the
+ * process's end? */
+bool target_memory_gone(const struct session *session);
 /** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the
  * reason. */
 int target_track(struct session *session, struct mf_error *err);

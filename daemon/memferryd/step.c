@@ -344,6 +344,21 @@ void session_event(struct session *session, enum mf_event event)
 
 /* ---- the VMM ---- */
 
+/* What was saved, or loaded, is of no use without the memory it belongs to; that it is there is
+ * looked at from time to time only, and from here on this state would be relied on. */
+static void with_its_memory(struct session *session, enum mf_event event)
+{
+    if (!session->target_exited && target_memory_gone(session)) {
+        session->target_exited = true;
+        session_set_reason(session,
+                           "the %s of %s (pid %d) ended or became another program (execve) on this "
+                           "host: its memory is gone",
+                           session_noun(session), session->name, (int)session->pid);
+        event = MF_EV_TARGET_EXITED;
+    }
+    session_event(session, event);
+}
+
 void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
 {
     struct session *session = arg;
@@ -358,7 +373,7 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
         session_event(session, MF_EV_VMM_PAUSED);
         break;
     case VMM_COMPLETED:
-        session_event(session, MF_EV_VMM_COMPLETED);
+        with_its_memory(session, MF_EV_VMM_COMPLETED);
         break;
     case VMM_RETURNED:
         session_event(session, MF_EV_VMM_RETURNED);
@@ -370,7 +385,7 @@ void session_on_vmm(void *arg, enum vmm_event event, const char *detail)
         session_event(session, MF_EV_VMM_INCOMING);
         break;
     case VMM_LOADED:
-        session_event(session, MF_EV_VMM_LOADED);
+        with_its_memory(session, MF_EV_VMM_LOADED);
         break;
     case VMM_RUNNING:
         session_event(session, MF_EV_VMM_RUNNING);

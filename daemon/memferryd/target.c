@@ -9,6 +9,7 @@
 #include "daemon/memferryd/session.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,6 +45,12 @@ static void on_target_exit(evutil_socket_t fd, short what, void *arg)
     session_event(session, MF_EV_TARGET_EXITED);
 }
 
+bool target_memory_gone(const struct session *session)
+{
+    char byte;
+    return session->maps_fd >= 0 && pread(session->maps_fd, &byte, 1, 0) == 0;
+}
+
 /* Its memory is gone while it lives: it has become another program. An exit is told by the pidfd,
  * but the memory goes a moment before that, so it has to be seen twice. */
 static void look_for_exec(evutil_socket_t fd, short what, void *arg)
@@ -52,8 +59,7 @@ static void look_for_exec(evutil_socket_t fd, short what, void *arg)
     struct pollfd exited = {.fd = session->pidfd, .events = POLLIN};
     (void)fd;
     (void)what;
-    if (session->target_exited || session->uffd < 0 || mf_uffd_alive(session->uffd) ||
-        poll(&exited, 1, 0) != 0) {
+    if (session->target_exited || !target_memory_gone(session) || poll(&exited, 1, 0) != 0) {
         session->exec_seen = 0;
         return;
     }
@@ -77,6 +83,12 @@ static void look_for_exec(evutil_socket_t fd, short what, void *arg)
 static int watch(struct session *session, struct mf_error *err)
 {
     static const struct timeval often = {.tv_usec = 500000};
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/maps", (int)session->pid);
+    session->maps_fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (session->maps_fd < 0)
+        return mf_fail(err, errno, "cannot read the memory map of the %s of %s (%s): %s",
+                       session_noun(session), session->name, path, strerror(errno));
     session->pidfd = (int)syscall(SYS_pidfd_open, session->pid, 0);
     if (session->pidfd < 0)
         return mf_fail(err, errno, "cannot watch the %s of %s (pid %d): %s", session_noun(session),
@@ -512,6 +524,9 @@ void target_let_go(struct session *session)
     if (session->pidfd >= 0)
         close(session->pidfd);
     session->pidfd = -1;
+    if (session->maps_fd >= 0)
+        close(session->maps_fd);
+    session->maps_fd = -1;
     if (session->populated_fd >= 0)
         close(session->populated_fd);
     if (session->layout_fd >= 0)

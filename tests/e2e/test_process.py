@@ -709,6 +709,30 @@ def process_becomes_another(sandbox):
     pair.forget()
 
 
+@e2e(limit_s=120)
+def process_becomes_another_when_saved(sandbox):
+    """Without a userfaultfd at the source, and in the last moment: the new program is not what is released."""
+    pair = Pair(sandbox)
+    pair.receive()
+    verb = pair.begin("--mode", "postcopy",
+                      save=f"{pair.source.command('save')}; {pair.source.command('exec')} >&2; sleep 0.2")
+    answer = pair.finish(verb, code=1)
+    need("became another program" in answer.json["reason"], f"the reason: {answer}")
+    time.sleep(0.3)
+    need(pair.source.process.poll() is None and pair.source.state() == "S", "the new program should go on")
+    pair.source.kill()
+    pair.source = Program(pair.sandbox, pair.a, pair.name)
+    pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+    pair.fresh_destination()
+    pair.receive(load=f"{pair.destination.command('load')}; {pair.destination.command('exec')}; sleep 0.2")
+    answer = pair.finish(pair.begin("--mode", "postcopy"), code=1)
+    need("became another program" in answer.json["reason"], f"the reason: {answer}")
+    pair.source.works()
+    pair.source.verify()
+    pair.destination.kill()
+    pair.forget()
+
+
 @e2e()
 def process_kill_daemon_in_round(sandbox):
     """Its layout is being followed: with nobody left to read its events the program must not wait for ever."""
