@@ -65,7 +65,7 @@ struct mf_ipc {
                              date */
     union {
         struct {
-            uint32_t role, region_count, context_count, mapping_count;
+            uint32_t role, region_count, context_count;
             uint8_t session_id[MF_SESSION_ID_BYTES];
             char name[64];
             int32_t pid;       /**< of the target */

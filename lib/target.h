@@ -14,7 +14,7 @@
 #include "lib/error.h"
 
 #define MF_REGIONS_MAX 64   /**< regions of one session */
-#define MF_MAPPINGS_MAX 512 /**< mappings of one session's regions */
+#define MF_MAPPINGS_MAX 512 /**< mappings of its regions that a session can begin with */
 
 /** struct mf_vma - one line of /proc/PID/maps. */
 struct mf_vma {
@@ -123,13 +123,14 @@ int mf_region_of(const struct mf_vma *vma, const struct mf_region_source *region
 
 /**
  * mf_target_mappings() - the target's mappings of all regions, neighbours merged.
- * Return: how many were written to @out (at most @max), or -E2BIG, or -EINVAL with a sentence when
- * a region is mapped MAP_PRIVATE too. Private memory is taken to be where it was found: changes
- * of its place since then are known only to who follows the events.
+ * @out: malloc'ed array, owned by the caller.
+ * Return: how many, or -EINVAL with a sentence when a region is mapped MAP_PRIVATE too. Private
+ * memory is taken to be where it was found: changes of its place since then are known only to who
+ * follows the events.
  */
 int mf_target_mappings(const struct mf_vma *vmas, size_t count,
                        const struct mf_region_source *regions, unsigned region_count,
-                       struct mf_mapping *out, unsigned max, struct mf_error *err);
+                       struct mf_mapping **out, struct mf_error *err);
 
 /**
  * mf_target_foreign() - does a process other than @pid, the caller and its children (movers) map

@@ -159,9 +159,12 @@ int mf_region_of(const struct mf_vma *vma, const struct mf_region_source *region
 
 int mf_target_mappings(const struct mf_vma *vmas, size_t count,
                        const struct mf_region_source *regions, unsigned region_count,
-                       struct mf_mapping *out, unsigned max, struct mf_error *err)
+                       struct mf_mapping **out, struct mf_error *err)
 {
     unsigned used = 0;
+    cleanup_free struct mf_mapping *all = calloc(count ? count : 1, sizeof(*all));
+    if (!all)
+        return mf_fail(err, ENOMEM, "out of memory");
     for (size_t i = 0; i < count; i++) {
         const struct mf_vma *vma = &vmas[i];
         struct mf_mapping part;
@@ -173,7 +176,7 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
                 err, EINVAL,
                 "RAM '%s' is mapped privately at %#llx (share=off): give its backend share=on",
                 regions[region].name, (unsigned long long)vma->start_addr);
-        struct mf_mapping *before = used ? &out[used - 1] : NULL;
+        struct mf_mapping *before = used ? &all[used - 1] : NULL;
         /* A protection change or an madvise splits what is one mapping to us. */
         if (before && before->region == (uint32_t)region &&
             before->start_addr + before->length_bytes == part.start_addr &&
@@ -181,12 +184,10 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
             before->length_bytes += part.length_bytes;
             continue;
         }
-        if (used == max)
-            return mf_fail(
-                err, E2BIG,
-                "RAM is mapped in more than %u pieces, which is more than can be followed", max);
-        out[used++] = part;
+        all[used++] = part;
     }
+    *out = all;
+    all = NULL;
     return (int)used;
 }
 

@@ -205,10 +205,9 @@ bool target_memory_gone(const struct session *session);
 /** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the
  * reason. */
 int target_track(struct session *session, struct mf_error *err);
-/** target_mappings() - the target's present mappings of the regions. Return: how many, or -errno.
- */
-int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
-                    struct mf_error *err);
+/** target_mappings() - the target's present mappings of the regions, in an array to be freed.
+ * Return: how many, or -errno. */
+int target_mappings(const struct session *session, struct mf_mapping **out, struct mf_error *err);
 /** target_mind_events() - source: read what the target's userfaultfd says, since there is no mover
  * that does (@mind), or stop doing so. The target waits for it in its system call. */
 void target_mind_events(struct session *session, bool mind);

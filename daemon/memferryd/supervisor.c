@@ -283,10 +283,15 @@ static pid_t spawn(const char *program, int child_sock, uid_t uid, gid_t gid, in
 /* At the source a page of private memory is what lies at its place, whatever is mapped there: the
  * whole range, also where nothing is, and also when the process is gone (which the mover must not
  * take for memory that holds nothing). */
-static int private_ranges(const struct session *session, struct mf_mapping *mappings, int count,
+static int private_ranges(const struct session *session, struct mf_mapping **all, int count,
                           struct mf_error *err)
 {
     int kept = 0;
+    struct mf_mapping *mappings =
+        reallocarray(*all, (size_t)count + session->region_count, sizeof(*mappings));
+    if (!mappings)
+        return mf_fail(err, ENOMEM, "out of memory");
+    *all = mappings;
     for (int i = 0; i < count; i++)
         if (session->region[mappings[i].region].kind != MF_MEMORY_PRIVATE)
             mappings[kept++] = mappings[i];
@@ -294,9 +299,6 @@ static int private_ranges(const struct session *session, struct mf_mapping *mapp
         const struct mf_region_source *region = &session->region[i];
         if (region->kind != MF_MEMORY_PRIVATE)
             continue;
-        if (kept == MF_MAPPINGS_MAX)
-            return mf_fail(err, E2BIG, "%s maps its memory in more than %d pieces", session->name,
-                           MF_MAPPINGS_MAX);
         mappings[kept++] = (struct mf_mapping){
             .start_addr = region->start_addr, .length_bytes = region->size_bytes, .region = i};
     }
@@ -325,13 +327,32 @@ static int hand_over_layout(const struct session *session, int sock)
     return fd < 0 ? 0 : mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_SMAPS}, fd);
 }
 
+/* A mover takes so many. What it lacks of files it finds by looking, as it finds what has changed;
+ * of private memory, which is told by nothing else, there are never more than the session began
+ * with: so that comes first. */
+static int hand_over_mappings(const struct session *session, int sock,
+                              const struct mf_mapping *mappings, int count)
+{
+    unsigned sent = 0;
+    int r = 0;
+    for (unsigned files = 0; files < 2; files++)
+        for (int i = 0; r == 0 && i < count && sent < MF_MAPPINGS_MAX; i++) {
+            if ((session->region[mappings[i].region].kind != MF_MEMORY_PRIVATE) != files)
+                continue;
+            r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPPING, .mapping = mappings[i]},
+                            -1);
+            sent++;
+        }
+    return r;
+}
+
 static int hand_over(struct session *session, int sock, struct mf_error *err)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
+    cleanup_free struct mf_mapping *mappings = NULL;
     int mapping_count = 0, r;
     if (session->uffd >= 0 && !session->target_exited) {
         /* As they are now: what a dead mover had read of changes went with it. */
-        mapping_count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+        mapping_count = target_mappings(session, &mappings, err);
         if (mapping_count < 0 && session->role == MF_SOURCE)
             mapping_count = 0; /* the VM is going: everything counts as written */
         if (mapping_count < 0)
@@ -339,7 +360,7 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
     }
     const bool read_private = session->populated_fd >= 0;
     if (read_private) {
-        mapping_count = private_ranges(session, mappings, mapping_count, err);
+        mapping_count = private_ranges(session, &mappings, mapping_count, err);
         if (mapping_count < 0)
             return mapping_count;
     }
@@ -347,7 +368,6 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
                            .setup = {.role = session->role,
                                      .region_count = session->region_count,
                                      .context_count = session->uffd >= 0,
-                                     .mapping_count = (uint32_t)mapping_count,
                                      .pid = session->pid,
                                      .dontneed_discards = session->dontneed_discards,
                                      .restarted = session->mover_restarts > 0}};
@@ -378,8 +398,8 @@ static int hand_over(struct session *session, int sock, struct mf_error *err)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_PAGEMAP}, session->pagemap_fd);
     if (r == 0 && read_private)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_POPULATED}, session->populated_fd);
-    for (int i = 0; r == 0 && i < mapping_count; i++)
-        r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_MAPPING, .mapping = mappings[i]}, -1);
+    if (r == 0)
+        r = hand_over_mappings(session, sock, mappings, mapping_count);
     if (r == 0)
         r = mf_ipc_send(sock, &(struct mf_ipc){.type = MF_IPC_GO}, -1);
     if (r < 0)

@@ -187,15 +187,31 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
     return 0;
 }
 
-int target_mappings(struct session *session, struct mf_mapping *out, unsigned max,
-                    struct mf_error *err)
+int target_mappings(const struct session *session, struct mf_mapping **out, struct mf_error *err)
 {
     cleanup_free struct mf_vma *vmas = NULL;
     size_t count = 0;
     int r = mf_target_vmas(session->pid, &vmas, &count, err);
     if (r < 0)
         return r;
-    return mf_target_mappings(vmas, count, session->region, session->region_count, out, max, err);
+    return mf_target_mappings(vmas, count, session->region, session->region_count, out, err);
+}
+
+/* Those that a session begins with: all are handed to the mover. */
+static int first_mappings(const struct session *session, struct mf_mapping **out,
+                          struct mf_error *err)
+{
+    int count = target_mappings(session, out, err);
+    if (count == 0)
+        return mf_fail(err, ENOENT, "the %s of %s does not map its memory", session_noun(session),
+                       session->name);
+    if (count > MF_MAPPINGS_MAX)
+        return mf_fail(
+            err, E2BIG,
+            "the %s of %s maps its memory in %d pieces, which is more than the %d that a "
+            "migration can begin with",
+            session_noun(session), session->name, count, MF_MAPPINGS_MAX);
+    return count;
 }
 
 /* Private memory can't be emptied from outside: the target is made to give up what it holds there,
@@ -239,13 +255,10 @@ static int arm_private(struct session *session, const struct mf_mapping *mapping
 
 static int arm(struct session *session, struct mf_error *err)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
+    cleanup_free struct mf_mapping *mappings = NULL;
+    int count = first_mappings(session, &mappings, err);
     if (count < 0)
         return count;
-    if (count == 0)
-        return mf_fail(err, ENOENT, "the %s of %s does not map its memory", session_noun(session),
-                       session->name);
     session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
     if (session->uffd < 0)
         return session->uffd;
@@ -266,12 +279,10 @@ static int arm(struct session *session, struct mf_error *err)
 /* The target stands still, or keeps its memory where it is. @first: a mapping that is watched. */
 static int watch_writes(struct session *session, struct mf_mapping *first, struct mf_error *err)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, err);
-    if (count <= 0)
-        return count < 0
-                   ? count
-                   : mf_fail(err, ENOENT, "the %s does not map its memory", session_noun(session));
+    cleanup_free struct mf_mapping *mappings = NULL;
+    int count = first_mappings(session, &mappings, err);
+    if (count < 0)
+        return count;
     for (int i = 0; i < count; i++) {
         int r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
                                     err);
@@ -466,19 +477,21 @@ static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
 
 static void unregister(struct session *session)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX], after[MF_MAPPINGS_MAX];
+    cleanup_free struct mf_mapping *mappings = NULL;
     struct mf_error err;
-    int count = target_mappings(session, mappings, MF_MAPPINGS_MAX, &err);
+    int count = target_mappings(session, &mappings, &err);
     for (unsigned tries = 0; count > 0 && tries < UNREGISTER_TRIES; tries++) {
+        struct mf_mapping *after = NULL;
         for (int i = 0; i < count; i++)
             mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
-        int now = target_mappings(session, after, MF_MAPPINGS_MAX, &err);
+        int now = target_mappings(session, &after, &err);
         bool same = now == count;
         for (int i = 0; same && i < count; i++)
             same = same_mapping(&mappings[i], &after[i]);
+        free(mappings);
+        mappings = after;
         if (same)
             return;
-        memcpy(mappings, after, sizeof(mappings));
         count = now;
     }
 }

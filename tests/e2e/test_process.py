@@ -593,6 +593,22 @@ def process_kill_movers_in_postcopy(sandbox):
 
 
 @e2e()
+def process_many_mappings(sandbox):
+    """A program that has mapped its memory in many pieces by the time its mover is replaced; nothing stays registered."""
+    pair = Pair(sandbox, "--mib", "64", mbit=200)
+    pair.receive()
+    verb = pair.begin("--mode", "postcopy")
+    pair.b.wait_state(pair.name, AFTER_RELEASE)
+    pair.destination.ask("scatter")
+    need(pair.b.state(pair.name) != "done", "memory should still be on its way")
+    pair.b.kill_mover()
+    pair.network.limit(None)
+    pair.finish(verb)
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
 def process_device_connection_cut(sandbox):
     """In the middle of the state, all other connections stand: that is no end of it."""
     pair = Pair(sandbox)
@@ -809,7 +825,7 @@ def process_refusals(sandbox):
     need(answer.code == 1, f"still two here: {answer}")
     pair.b.expect(0, "cancel", pair.name)
     pair.check_stayed()
-    # One that is attached already.
+    # One that has a session already: two would run it on two hosts.
     pair.receive()
     again = pair.b.memferry("receive", "other", *pair.destination_commands())
     need(again.code == 1 and "session prog already" in again.err, f"a process can have one session: {again}")

@@ -158,7 +158,6 @@ static void start_mover(bool restarted)
                            .setup = {.role = MF_DESTINATION,
                                      .region_count = 1,
                                      .context_count = 1,
-                                     .mapping_count = 1,
                                      .name = "keeper",
                                      .pid = target,
                                      .restarted = restarted}};

@@ -103,22 +103,22 @@ static void mappings_are_places_in_the_range(void **state)
 {
     (void)state;
     struct mf_vma vmas[16];
-    struct mf_mapping out[8];
+    cleanup_free struct mf_mapping *out = NULL, *there = NULL;
     struct mf_error err = {0};
     size_t count = parse(maps, vmas);
     const struct mf_region_source regions[] = {
         {.kind = MF_MEMORY_TMPFS, .device = vmas[7].device, .inode = 7, .size_bytes = PAGE},
         {.kind = MF_MEMORY_PRIVATE, .start_addr = 0x31000, .size_bytes = 0x3000},
     };
-    assert_int_equal(mf_target_mappings(vmas, count, regions, 2, out, 8, &err), 2);
+    assert_int_equal(mf_target_mappings(vmas, count, regions, 2, &out, &err), 2);
     assert_true(out[0].region == 1 && out[0].start_addr == 0x31000 &&
                 out[0].length_bytes == 0x3000 && out[0].offset_bytes == 0);
     assert_true(out[1].region == 0 && out[1].start_addr == 0x51000);
     /* Where somebody else's file lies now, there is nothing of it. */
     const struct mf_region_source moved = {
         .kind = MF_MEMORY_PRIVATE, .start_addr = 0x42000, .size_bytes = 0x10000};
-    assert_int_equal(mf_target_mappings(vmas, count, &moved, 1, out, 8, &err), 1);
-    assert_true(out[0].start_addr == 0x42000 && out[0].length_bytes == PAGE);
+    assert_int_equal(mf_target_mappings(vmas, count, &moved, 1, &there, &err), 1);
+    assert_true(there[0].start_addr == 0x42000 && there[0].length_bytes == PAGE);
 }
 
 static void reads_its_own_memory(void **state)
