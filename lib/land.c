@@ -49,7 +49,7 @@ void land_finish_discard(const struct mf_lander *lander, uint32_t region, uint64
         return;
     }
     uint8_t was = mf_page_discard_finish(&lander->pages[region], page);
-    if (was & MF_PAGE_FAULTED) {
+    if (was & MF_PAGE_AWAITED) {
         mf_resolve_page(&lander->resolver, region, page);
         lander->ops->served(lander->arg, region, page);
     }
@@ -250,7 +250,7 @@ static uint64_t zero_landed(const struct mf_lander *lander, const struct mf_fram
         if (r < 0 || frame->flags & MF_FRAME_FLAG_ROUND)
             continue;
         confirmed++;
-        if (was & MF_PAGE_FAULTED) {
+        if (was & MF_PAGE_AWAITED) {
             mf_resolve_page(&lander->resolver, frame->region, page);
             lander->ops->served(lander->arg, frame->region, page);
         }
@@ -340,8 +340,8 @@ static void present_waiter(void *argument, uint64_t page)
     p->lander->ops->served(p->lander->arg, p->region, page);
 }
 
-void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t first,
-                     uint64_t pages)
+static void land_present_run(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                             uint64_t pages)
 {
     struct present p = {.lander = lander, .region = region};
     uint64_t confirmed =
@@ -355,6 +355,19 @@ void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t f
     while (p.waiting_count > 0)
         lander->ops->served(lander->arg, region, p.waiting[--p.waiting_count]);
     lander->ops->landed(lander->arg, MF_LANDED_CURRENT, confirmed);
+}
+
+void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                     uint64_t pages)
+{
+    for (uint64_t page = first; page < first + pages;) {
+        uint8_t poisoned; /* nobody would fault again at a hole: one by one */
+        uint64_t run = mf_page_run_of(&lander->pages[region], MF_PAGE_POISONED, page, first + pages,
+                                      &poisoned);
+        run = poisoned ? 1 : run;
+        land_present_run(lander, region, page, run);
+        page += run;
+    }
 }
 
 void mf_land_discard(const struct mf_lander *lander, uint32_t region, uint64_t first,

@@ -175,12 +175,24 @@ uint8_t mf_page_unfault(const struct mf_pages *pages, uint64_t page)
                                      memory_order_acq_rel);
 }
 
+bool mf_page_poison(const struct mf_pages *pages, uint64_t page)
+{
+    uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed);
+    while (mf_page_state_of(was) == MF_PAGE_UNCONFIRMED && (was & MF_PAGE_FAULTED)) {
+        uint8_t next = (uint8_t)((was & ~MF_PAGE_FAULTED) | MF_PAGE_POISONED);
+        if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
+                                                  memory_order_acq_rel, memory_order_relaxed))
+            return true;
+    }
+    return false;
+}
+
 uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t count)
 {
     uint64_t forgotten = 0;
     for (uint64_t page = first; page < first + count; page++)
         forgotten += mf_page_resolvable(
-            atomic_fetch_and_explicit(&pages->state[page], MF_PAGE_FAULTED, memory_order_acq_rel));
+            atomic_fetch_and_explicit(&pages->state[page], MF_PAGE_AWAITED, memory_order_acq_rel));
     return forgotten;
 }
 
@@ -208,7 +220,7 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
             if (atomic_compare_exchange_weak_explicit(&pages->state[page], &was, MF_PAGE_CONFIRMED,
                                                       memory_order_acq_rel, memory_order_relaxed)) {
                 changed++;
-                if ((was & MF_PAGE_FAULTED) && faulted)
+                if ((was & MF_PAGE_AWAITED) && faulted)
                     faulted(arg, page);
                 break;
             }

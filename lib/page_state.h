@@ -47,6 +47,12 @@ enum mf_page_state {
 /** Destination, private memory, CONFIRMED: bytes were copied into the target. A page that is
  * CONFIRMED without is one of zeros that it has not touched. */
 #define MF_PAGE_PLACED 0x20u
+/** Destination, of libmemferry alone: the process was told that this page can't be had
+ * (UFFDIO_POISON), where it is mapped. Nobody waits, and nobody will fault there; so whoever makes
+ * the page resolvable resolves it, as for FAULTED. */
+#define MF_PAGE_POISONED 0x08u
+/** Whoever makes a page resolvable that has one of these must resolve it. */
+#define MF_PAGE_AWAITED (MF_PAGE_FAULTED | MF_PAGE_POISONED)
 /** Destination: a landing broke off in the middle; only bytes or zeros make this page right again.
  */
 #define MF_PAGE_TORN 0x10u
@@ -145,13 +151,16 @@ uint8_t mf_page_fault(const struct mf_pages *pages, uint64_t page);
  *  Return: the byte before. */
 uint8_t mf_page_unfault(const struct mf_pages *pages, uint64_t page);
 
-/** mf_page_forget() - UNCONFIRMED again, over a run, whatever it was; FAULTED stays. Nobody lands
+/** mf_page_poison() - UNCONFIRMED and FAULTED: POISONED instead of FAULTED. Return: was it? */
+bool mf_page_poison(const struct mf_pages *pages, uint64_t page);
+
+/** mf_page_forget() - UNCONFIRMED again, over a run, whatever it was; AWAITED stays. Nobody lands
  * these pages, and nobody has them mapped. Return: how many pages were resolvable. */
 uint64_t mf_page_forget(const struct mf_pages *pages, uint64_t first, uint64_t count);
 
 /**
  * mf_page_confirm_empty() - UNCONFIRMED → CONFIRMED over a run; pages in other states are left.
- * @faulted: called for each page of which FAULTED was set (it is cleared), or NULL.
+ * @faulted: called for each page that was AWAITED (that is cleared), or NULL.
  * Return: how many pages changed.
  */
 uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uint64_t count,

@@ -184,7 +184,7 @@ static int receive_huge(struct peer *p, const struct mf_frame *frame)
     cleanup_free uint8_t *scratch = NULL;
     int begun = mf_land_begin_huge(&p->lander, frame, &to);
     if (begun < 0)
-        server_failed(p->server, frame->region, frame->first_page, 1, begun);
+        server_failed(p->server, &p->lander, frame->region, frame->first_page, 1, begun);
     if (!to && !(scratch = malloc(frame->length_bytes)))
         return -ENOMEM;
     uint8_t *into = to ? to : scratch;

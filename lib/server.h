@@ -172,9 +172,10 @@ int server_land(struct memferry_server *server, const struct mf_lander *lander,
                 enum memferry_answer answer, uint32_t region, uint64_t first, uint64_t pages,
                 const void *bytes);
 
-/** server_failed() - these pages can't be had: if any is waited for ask on_failure, and do that. */
-void server_failed(struct memferry_server *server, uint32_t region, uint64_t first, uint64_t pages,
-                   int error);
+/** server_failed() - these pages can't be had: if any is waited for ask on_failure, and do that.
+ * @lander: of the calling thread. */
+void server_failed(struct memferry_server *server, const struct mf_lander *lander, uint32_t region,
+                   uint64_t first, uint64_t pages, int error);
 
 /** server_discard() - pages are discarded (struct mf_events_ops.discard; @server). */
 void server_discard(void *server, uint32_t region, uint64_t first, uint64_t pages);

@@ -56,7 +56,7 @@ static void ask(struct memferry_server *s, uint32_t region, uint64_t page)
     if (answer > MEMFERRY_LATER || want.pages == 0 || want.pages > offered)
         answer = -EPROTO;
     if (answer < 0)
-        server_failed(s, region, page, 1, answer);
+        server_failed(s, &s->lander, region, page, 1, answer);
     else
         server_land(s, &s->lander, (enum memferry_answer)answer, region, page, want.pages,
                     want.bytes);

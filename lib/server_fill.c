@@ -93,28 +93,74 @@ void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pa
 
 /* ---- what could not be had ---- */
 
-struct run {
-    uint32_t region;
-    uint64_t first, pages;
-};
-
-static int poison(struct memferry_server *s, void *argument)
+/* Inside the gate. Return: 0, -EAGAIN: an event is unread, -ENOMEM, -EOPNOTSUPP: the kernel can't
+ * (before Linux 6.6). */
+static int poison_place(int uffd, const struct mf_range *range)
 {
-    const struct run *run = argument;
-    const uint64_t page_bytes = s->region[run->region].page_bytes;
-    struct mf_range range;
-    uint32_t cursor = 0;
-    while (mf_layout_next(&s->layout, run->region, run->first * page_bytes, run->pages * page_bytes,
-                          &cursor, &range)) {
-        struct uffdio_poison arg = {
-            .range = {.start = range.start_addr, .len = range.length_bytes}};
-        ioctl(mf_context_uffd(&s->contexts, range.context), UFFDIO_POISON, &arg);
+    struct uffdio_poison arg = {.range = {.start = range->start_addr, .len = range->length_bytes}};
+    if (uffd < 0 || ioctl(uffd, UFFDIO_POISON, &arg) == 0)
+        return 0;
+    switch (errno) {
+    case EAGAIN:
+        return -EAGAIN;
+    case ENOMEM:
+        return -ENOMEM;
+    case EINVAL:
+        return -EOPNOTSUPP;
     }
+    /* EEXIST: it has the page. ENOENT: it is not mapped there any more. Who waits sees for himself.
+     */
+    mf_uffd_wake(uffd, range->start_addr, range->length_bytes);
     return 0;
 }
 
-void server_failed(struct memferry_server *s, uint32_t region, uint64_t first, uint64_t pages,
-                   int error)
+static int poison_page(const struct mf_lander *lander, uint32_t region, uint64_t page)
+{
+    const struct mf_resolver *resolver = &lander->resolver;
+    const uint64_t page_bytes = resolver->region[region].page_bytes;
+    for (unsigned attempt = 0;; attempt++) {
+        struct mf_range range;
+        uint32_t cursor = 0, context = 0;
+        mf_gate_enter(resolver->lane);
+        int r = atomic_load_explicit(&resolver->layout->owed, memory_order_acquire) ? -EAGAIN : 0;
+        while (r == 0 && mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes,
+                                        &cursor, &range)) {
+            r = poison_place(mf_context_fill_uffd(resolver->contexts, range.context), &range);
+            context = range.context;
+        }
+        mf_gate_exit(resolver->lane);
+        if (r != -EAGAIN)
+            return r;
+        mf_resolve_wait(resolver, context, attempt);
+    }
+}
+
+/* Whoever waits for it dies. From now on whoever makes it resolvable resolves it; who did so before
+ * that was seen may have been overtaken by this. */
+static int poison(const struct mf_lander *lander, uint32_t region, uint64_t page)
+{
+    const struct mf_pages *pages = &lander->pages[region];
+    if (!mf_page_poison(pages, page))
+        return 0; /* it is here, or comes at this moment */
+    int r = poison_page(lander, region, page);
+    uint8_t byte = r == -EOPNOTSUPP ? mf_page_fault(pages, page) : mf_page_load(pages, page);
+    const bool copied = lander->resolver.region[region].kind == MF_MEMORY_PRIVATE &&
+                        (byte & MF_PAGE_PLACED); /* which overwrites it, or was there before */
+    if (mf_page_resolvable(byte) && !copied)
+        mf_resolve_page(&lander->resolver, region, page);
+    return r;
+}
+
+/* Let all who wait fault again, a little later. */
+static void again(struct memferry_server *s)
+{
+    uint64_t none = 0;
+    if (atomic_compare_exchange_strong(&s->again_at_ns, &none, mf_now_ns() + AGAIN_NS))
+        server_wake(s);
+}
+
+void server_failed(struct memferry_server *s, const struct mf_lander *lander, uint32_t region,
+                   uint64_t first, uint64_t pages, int error)
 {
     const uint64_t end = first + pages;
     while (first < end && !(mf_page_load(&s->pages[region], first) & MF_PAGE_FAULTED))
@@ -132,17 +178,15 @@ void server_failed(struct memferry_server *s, uint32_t region, uint64_t first, u
         remedy = s->options.on_failure(s->options.arg, &failure);
     if (remedy == MEMFERRY_HOLD)
         return;
+    bool later = remedy != MEMFERRY_POISON;
     for (uint64_t page = first; page < end; page++) {
-        if (!(mf_page_unfault(&s->pages[region], page) & MF_PAGE_FAULTED))
-            continue;
         if (remedy == MEMFERRY_POISON)
-            server_do(s, poison, &(struct run){region, page, 1});
+            later |= poison(lander, region, page) == -ENOMEM;
+        else
+            mf_page_unfault(&s->pages[region], page);
     }
-    if (remedy != MEMFERRY_POISON) {
-        uint64_t none = 0;
-        if (atomic_compare_exchange_strong(&s->again_at_ns, &none, mf_now_ns() + AGAIN_NS))
-            server_wake(s);
-    }
+    if (later)
+        again(s);
 }
 
 /* ---- filling ---- */
@@ -198,7 +242,7 @@ int server_land(struct memferry_server *s, const struct mf_lander *lander,
     if (answer == MEMFERRY_DATA) {
         int r = land_bytes(lander, frame, bytes);
         if (r < 0)
-            server_failed(s, region, first, pages, r);
+            server_failed(s, lander, region, first, pages, r);
         return r;
     }
     if (answer == MEMFERRY_PRESENT)
@@ -208,21 +252,25 @@ int server_land(struct memferry_server *s, const struct mf_lander *lander,
     return 0;
 }
 
+/* A provider may answer at once by filling: then this is the serving thread, which must read events
+ * itself where they are in the way. */
+static struct mf_lander own_lander(struct memferry_server *s)
+{
+    if (server_serves_here(s))
+        return s->lander;
+    struct mf_lander lander = server_lander(s);
+    lander.resolver.lane = server_lane(s);
+    return lander;
+}
+
 static int fill(struct memferry_server *s, enum memferry_answer answer, uint32_t region,
                 uint64_t first, uint64_t pages, const void *bytes)
 {
     int r = server_check_run(s, region, first, pages);
     if (r < 0 || pages == 0)
         return r;
-    /* A provider may answer at once by filling: then this is the serving thread, which must read
-     * events itself where they are in the way. */
-    if (server_serves_here(s)) {
-        r = server_land(s, &s->lander, answer, region, first, pages, bytes);
-    } else {
-        struct mf_lander lander = server_lander(s);
-        lander.resolver.lane = server_lane(s);
-        r = server_land(s, &lander, answer, region, first, pages, bytes);
-    }
+    const struct mf_lander lander = own_lander(s);
+    r = server_land(s, &lander, answer, region, first, pages, bytes);
     return r < 0 ? server_fail(-r, "cannot fill %llu pages of region %u: %s",
                                (unsigned long long)pages, region, strerror(-r))
                  : 0;
@@ -253,9 +301,11 @@ int memferry_fill_failed(struct memferry_server *s, uint32_t region, uint64_t fi
                          uint64_t pages, int error)
 {
     int r = server_check_run(s, region, first_page, pages);
-    if (r == 0)
-        server_failed(s, region, first_page, pages, error);
-    return r;
+    if (r < 0)
+        return r;
+    const struct mf_lander lander = own_lander(s);
+    server_failed(s, &lander, region, first_page, pages, error);
+    return 0;
 }
 
 int memferry_forget(struct memferry_server *s, uint32_t region, uint64_t first_page, uint64_t pages)
@@ -265,6 +315,11 @@ int memferry_forget(struct memferry_server *s, uint32_t region, uint64_t first_p
         atomic_fetch_add(&s->missing_pages, mf_page_forget(&s->pages[region], first_page, pages));
     return r;
 }
+
+struct run {
+    uint32_t region;
+    uint64_t first, pages;
+};
 
 static int discard(struct memferry_server *s, void *argument)
 {

@@ -102,19 +102,20 @@ struct memferry_change {
 struct memferry_failure {
     size_t struct_bytes;
     uint32_t region;
-    int32_t
-        error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC,, ...) */
+    int32_t error; /**< a negative errno: of the provider, or of landing the bytes (-ENOSPC, ...) */
     uint64_t first_page, pages;
 };
 
 /** What is to be done about it. */
 enum memferry_remedy {
-    MEMFERRY_AGAIN = 0,  /**< let who waits fault again in a tenth of a second: the provider is
-                            asked again */
-    MEMFERRY_HOLD = 1,   /**< let them wait, until somebody fills the pages */
-    MEMFERRY_POISON = 2, /**< let them die: SIGBUS for whoever touches one of the pages, until it is
-                            filled (Linux 6.6; on older kernels as HOLD). Only who waits already is
-                            promised the signal */
+    MEMFERRY_AGAIN = 0, /**< let who waits fault again in a tenth of a second: the provider is
+                           asked again */
+    MEMFERRY_HOLD = 1,  /**< let them wait, until somebody fills the pages */
+    /** Let them die: SIGBUS for whoever touches one of the pages, until it is filled (Linux 6.6; on
+     * older kernels as HOLD). Only who waits already is promised the signal: where the page was not
+     * mapped yet, or was taken out by MADV_DONTNEED, whoever touches it waits, and the provider is
+     * asked again. Discarding such a page of a file does not help those who have it mapped. */
+    MEMFERRY_POISON = 2,
 };
 
 /** struct memferry_server_options - for memferry_server_new(). */

@@ -15,6 +15,7 @@
 
 #include <cmocka.h>
 
+#include "lib/uffd.h"
 #include "proto/frame.h"
 #include "tests/lib/arena.h"
 
@@ -242,29 +243,93 @@ static void on_bus(int number)
     siglongjmp(bus, 1);
 }
 
+static bool kernel_poisons(void)
+{
+    uint64_t features = 0;
+    struct mf_error err;
+    return mf_uffd_features(&features, &err) == 0 && (features & UFFD_FEATURE_POISON);
+}
+
+/* Does it die who touches this page? */
+static bool dies(const struct arena *a, uint64_t page)
+{
+    volatile bool died = false;
+    signal(SIGBUS, on_bus);
+    if (sigsetjmp(bus, 1) == 0)
+        (void)*(volatile uint64_t *)arena_page(a, page);
+    else
+        died = true;
+    signal(SIGBUS, SIG_DFL);
+    return died;
+}
+
 static void a_page_that_cannot_be_had_may_be_poisoned(void **state)
 {
     (void)state;
     struct arena a;
-    struct failing f = {.left = 1, .remedy = MEMFERRY_POISON};
+    struct failing f = {.left = 3, .remedy = MEMFERRY_POISON};
+    if (!kernel_poisons())
+        skip();
     arena_make(&a, memory, PAGES, OPTIONS(.arg = &f, .on_failure = tell_failure),
                PROVIDER(.want = fail_first, .arg = &f));
     memferry_server_start(a.server);
-    signal(SIGBUS, on_bus);
-    volatile bool died = false;
-    if (sigsetjmp(bus, 1) == 0)
-        must(!page_is(arena_page(&a, 1), a.page_bytes, 1, 1));
-    else
-        died = true;
-    signal(SIGBUS, SIG_DFL);
-    assert_true(died);
-    must(page_is(arena_page(&a, 2), a.page_bytes, 2, 1));
-    /* Somebody has found it after all. */
+    for (uint64_t page = 1; page < 4; page++)
+        assert_true(dies(&a, page));
+    assert_true(dies(&a, 1));
+    must(page_is(arena_page(&a, 4), a.page_bytes, 4, 1));
+    /* Somebody has found it after all, or knows that it is zeros. */
     uint8_t *bytes = malloc(a.page_bytes);
     page_make(bytes, a.page_bytes, 1, 1);
     assert_int_equal(memferry_fill(a.server, a.region, 1, 1, bytes), 0);
     free(bytes);
     must(page_is(arena_page(&a, 1), a.page_bytes, 1, 1));
+    assert_int_equal(memferry_fill_zero(a.server, a.region, 2, 1), 0);
+    must(page_is_zero(arena_page(&a, 2), a.page_bytes));
+    assert_int_equal(memory == MEMFERRY_ANONYMOUS ? memferry_fill_zero(a.server, a.region, 3, 3)
+                                                  : memferry_fill_present(a.server, a.region, 3, 3),
+                     0);
+    must(page_is_zero(arena_page(&a, 3), a.page_bytes));
+    arena_free(&a);
+}
+
+struct unmapper {
+    struct failing failing;
+    struct arena *arena;
+    struct runner runner;
+};
+
+static void unmap_last(void *argument)
+{
+    const struct arena *a = argument;
+    must(munmap(a->at + a->length_bytes - a->page_bytes, a->page_bytes) == 0);
+}
+
+static int fail_while_an_event_waits(void *arg, struct memferry_server *server,
+                                     struct memferry_want *want)
+{
+    struct unmapper *u = arg;
+    (void)server;
+    (void)want;
+    runner_start(&u->runner, unmap_last, u->arena);
+    nap_ms(30); /* it waits for this thread to read its event */
+    return -EIO;
+}
+
+static void poison_waits_for_an_event_to_be_read(void **state)
+{
+    (void)state;
+    struct arena a;
+    struct unmapper u = {.failing.remedy = MEMFERRY_POISON, .arena = &a};
+    if (!kernel_poisons())
+        skip();
+    arena_make(&a, memory, PAGES, OPTIONS(.arg = &u.failing, .on_failure = tell_failure),
+               PROVIDER(.want = fail_while_an_event_waits, .arg = &u));
+    memferry_server_start(a.server);
+    assert_true(dies(&a, 1));
+    assert_int_equal(u.failing.told, 1);
+    runner_join(&u.runner);
+    assert_int_equal(memferry_fill_zero(a.server, a.region, 0, 3), 0);
+    must(page_is_zero(arena_page(&a, 1), a.page_bytes));
     arena_free(&a);
 }
 
@@ -276,6 +341,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_provider_that_fails_is_asked_again),
         cmocka_unit_test(who_waits_may_be_held_until_somebody_fills),
         cmocka_unit_test(a_page_that_cannot_be_had_may_be_poisoned),
+        cmocka_unit_test(poison_waits_for_an_event_to_be_read),
     };
     return arena_tests(argc, argv, memory, tests);
 }
