@@ -35,6 +35,10 @@
  * take the borrowed rip for "it has left the sequence" and not abort it later. Such a thread is let
  * go (-EAGAIN).
  *
+ * A thread may have its system calls sent to a handler of its own (syscall user dispatch,
+ * prctl(2)): that is looked at before the stop at a call's entry, and with all signals blocked it
+ * would kill the process. So it is switched off for the one call.
+ *
  * Stopped processes (SIGSTOP) work too: the thread is in a group stop, PTRACE_SYSCALL takes it out
  * of it, and on detaching the kernel puts it back.
  */
@@ -58,6 +62,18 @@
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
 #endif
+
+#ifndef PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG /* Linux 6.4 */
+#define PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG 0x4210
+#define PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211
+#endif
+
+/** struct dispatch_config - struct ptrace_sud_config of newer <linux/ptrace.h>. */
+struct dispatch_config {
+    uint64_t mode, selector_addr, offset_addr, length_bytes;
+};
+
+enum { DISPATCH_OFF, DISPATCH_OUTSIDE, DISPATCH_INSIDE }; /* prctl(2), PR_SYS_DISPATCH_… */
 
 enum stop { STOP_NOT_YET, STOP_SYSCALL, STOP_EVENT, STOP_SIGNAL, STOP_GONE };
 
@@ -262,11 +278,37 @@ static bool in_rseq(pid_t tid)
 struct saved {
     struct user_regs_struct regs;
     uint64_t signal_mask;
+    struct dispatch_config dispatch;
 };
 
-/** put_back() - registers and signal mask; on failure the thread has been killed. */
+static int set_dispatch(pid_t tid, const struct dispatch_config *config)
+{
+    struct dispatch_config copy = *config;
+    return ptrace(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(copy), &copy) == 0
+               ? 0
+               : -errno;
+}
+
+/** get_dispatch() - all zeros where there is none, or the kernel can't tell. */
+static void get_dispatch(pid_t tid, struct dispatch_config *config)
+{
+    if (ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(*config), config) != 0)
+        *config = (struct dispatch_config){0};
+    /* Calls from inside a range (6.17) are kept, and told, as those from outside of all the rest,
+     * which is not taken when it is set. */
+    const uint64_t end_addr = config->offset_addr + config->length_bytes;
+    if (config->mode != DISPATCH_OFF && config->offset_addr && end_addr <= config->offset_addr)
+        *config = (struct dispatch_config){.mode = DISPATCH_INSIDE,
+                                           .selector_addr = config->selector_addr,
+                                           .offset_addr = end_addr,
+                                           .length_bytes = -config->length_bytes};
+}
+
+/** put_back() - all that was saved; on failure the thread has been killed. */
 static void put_back(pid_t tid, struct saved *saved)
 {
+    if (saved->dispatch.mode != DISPATCH_OFF)
+        set_dispatch(tid, &saved->dispatch);
     ptrace(PTRACE_SETREGS, tid, NULL, &saved->regs);
     ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(saved->signal_mask), &saved->signal_mask);
 }
@@ -433,6 +475,13 @@ int mf_tracee_run(pid_t pid, pid_t tid, uint64_t vdso_addr, uint64_t vdso_bytes,
     borrowed.rsi = args[1];
     borrowed.rdx = args[2];
     uint64_t all_blocked = ~UINT64_C(0);
+    get_dispatch(tid, &saved.dispatch);
+    rc = saved.dispatch.mode == DISPATCH_OFF ? 0 : set_dispatch(tid, &(struct dispatch_config){0});
+    if (rc < 0) {
+        detach(tid, 0);
+        return mf_fail(err, -rc, "cannot suspend the syscall user dispatch of %s (pid %d): %s",
+                       name, pid, strerror(-rc));
+    }
     if (ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(all_blocked), &all_blocked) != 0 ||
         ptrace(PTRACE_SETREGS, tid, NULL, &borrowed) != 0) {
         int code = errno;

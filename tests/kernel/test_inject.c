@@ -243,6 +243,12 @@ static void goes_unnoticed_by_signalled_threads(void **state)
     goes_unnoticed_in("signals,nanosleep");
 }
 
+static void goes_unnoticed_by_threads_with_a_dispatcher(void **state)
+{
+    (void)state;
+    goes_unnoticed_in("dispatch,dispatch-range,nanosleep");
+}
+
 static void works_on_a_stopped_process(void **state)
 {
     (void)state;
@@ -641,6 +647,8 @@ int main(int argc, char **argv)
         cmocka_unit_test_teardown(goes_unnoticed_by_waiting_threads, leaves_nothing_behind),
         cmocka_unit_test_teardown(goes_unnoticed_by_running_threads, leaves_nothing_behind),
         cmocka_unit_test_teardown(goes_unnoticed_by_signalled_threads, leaves_nothing_behind),
+        cmocka_unit_test_teardown(goes_unnoticed_by_threads_with_a_dispatcher,
+                                  leaves_nothing_behind),
         cmocka_unit_test_teardown(works_on_a_stopped_process, leaves_nothing_behind),
         cmocka_unit_test_teardown(survives_stops_in_between, leaves_nothing_behind),
         cmocka_unit_test_teardown(refuses_the_gone, leaves_nothing_behind),

@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -179,13 +180,66 @@ static void run_signals(void)
         problem("handlers run for 100 signals", (long)(atomic_load(&handled) - before));
 }
 
+#ifndef PR_SET_SYSCALL_USER_DISPATCH
+#define PR_SET_SYSCALL_USER_DISPATCH 59
+#endif
+
+static _Thread_local volatile char dispatched; /* 1: the next call is the handler's */
+static _Thread_local volatile unsigned long caught;
+
+static void on_dispatch(int number)
+{
+    (void)number;
+    dispatched = 0;
+    caught++;
+}
+
+/**
+ * run_dispatch() - the thread's own calls go to a handler (prctl(2), syscall user dispatch)
+ * whenever it says so; before and after, whoever borrows the thread must not meet it, nor switch it
+ * off.
+ * @mode: 1: all calls; 2: those from a range, which is everything here (Linux 6.17).
+ */
+static void run_dispatch(unsigned long mode)
+{
+    static _Thread_local bool on;
+    const unsigned long from = mode == 2 ? 4096 : 0, length = mode == 2 ? (1ul << 47) - 8192 : 0;
+    if (!on && prctl(PR_SET_SYSCALL_USER_DISPATCH, mode, from, length, &dispatched) != 0)
+        pthread_exit(NULL);
+    on = true;
+    const unsigned long before = caught;
+    dispatched = 1;
+    for (volatile unsigned i = 0; i < 3000000; i++)
+        ;
+    syscall(SYS_getppid);
+    if (caught != before + 1)
+        problem("a call was not sent to its handler", (long)(caught - before));
+}
+
+static void run_dispatch_all(void)
+{
+    run_dispatch(1);
+}
+
+static void run_dispatch_range(void)
+{
+    run_dispatch(2);
+}
+
 static const struct mode {
     const char *name;
     void (*run)(void);
 } modes[] = {
-    {"nanosleep", run_nanosleep}, {"futex", run_futex},     {"poll", run_poll},
-    {"read", run_read},           {"epoll", run_epoll},     {"registers", run_registers},
-    {"calls", run_calls},         {"signals", run_signals},
+    {"nanosleep", run_nanosleep},
+    {"futex", run_futex},
+    {"poll", run_poll},
+    {"read", run_read},
+    {"epoll", run_epoll},
+    {"registers", run_registers},
+    {"calls", run_calls},
+    {"signals", run_signals},
+    {"dispatch", run_dispatch_all},
+    {"dispatch-range", run_dispatch_range},
 };
 
 static void *thread(void *arg)
@@ -217,6 +271,7 @@ int main(int argc, char **argv)
     if (argc != 2 || pipe2(wake_pipe, O_CLOEXEC) != 0)
         return 2;
     signal(SIGUSR1, on_signal);
+    signal(SIGSYS, on_dispatch);
     signal(SIGTRAP, SIG_IGN);
     for (char *name = strtok(argv[1], ","); name && count < 32; name = strtok(NULL, ",")) {
         for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++) {
