@@ -32,8 +32,9 @@ int mf_mode_of(const char *name, enum mf_mode *mode)
 
 uint64_t mf_rounds_dirty_rate(const struct mf_rounds *r)
 {
+    /* Copied one after the other, the pages were open to writes for half of the round. */
     if (r->round && r->dirty_pages != MF_ROUNDS_UNKNOWN)
-        return (uint64_t)((double)r->dirty_pages * 1e9 / (double)r->duration_ns);
+        return (uint64_t)(2 * (double)r->dirty_pages * 1e9 / (double)r->duration_ns);
     if (r->round < 2 || r->before_ns == 0)
         return 0;
     return (uint64_t)((double)r->pages * 1e9 / (double)r->before_ns);
@@ -72,12 +73,13 @@ static enum mf_rounds_next decide(const struct mf_rounds *r)
         return MF_ROUNDS_SWITCH;
     if (r->dirty_pages != MF_ROUNDS_UNKNOWN) {
         /*
-         * What the next round would leave: the guest dirties pages while it lasts, and it lasts as
-         * much shorter as it has less to copy. The first round's pages were copied one after the
-         * other, so by its end they had been open to writes for half of it only. A round that would
-         * not halve what is dirty costs more than it saves: what is left follows after RELEASE.
+         * What would the next round leave? Pages that are dirty now stay open to writes for all of
+         * it, or for half of it once they are copied: with a share q of a round's pages dirty at
+         * its end, the next leaves q / (1 - q) of what is dirty now. The first round has its pages
+         * in one piece, later ones page by page, which takes half as long again. A round that does
+         * not leave a third or less costs more than it saves: what is dirty follows after RELEASE.
          */
-        const uint64_t share = r->round == 1 ? 4 : 2;
+        const uint64_t share = r->round == 1 ? 6 : 4;
         return r->dirty_pages < MF_ROUNDS_FEW_PAGES || r->dirty_pages >= r->pages / share
                    ? MF_ROUNDS_SWITCH
                    : MF_ROUNDS_AGAIN;
