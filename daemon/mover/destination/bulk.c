@@ -2,8 +2,9 @@
 /*
  * A bulk connection's thread on the destination: receive a frame, check it, land it, and so on.
  *
- * The payload of the frame and the header of the next are asked for in one receive, so a busy
- * connection costs one wait a frame. The header sits right before the page-aligned payload.
+ * A long payload is asked for together with the header that follows, so it costs one receive. Short
+ * frames (scattered pages, words about copies) come many at a time, and are taken from where they
+ * lie. What is received next lands where the last lay, which is in the processor's cache still.
  */
 #include "daemon/mover/destination/destination.h"
 
@@ -17,15 +18,17 @@
 #include "lib/log.h"
 
 #define PAYLOAD_ROOM MF_FRAME_DATA_MAX_BYTES
-#define LEAD 4096u /**< room before the payload, for its header */
+#define AHEAD 65536u /**< received at once where less is needed */
+#define LEAD 4096u   /**< room for the first header, so that a long payload is page-aligned */
 
 struct bulk {
     struct bulk_thread *self;
     struct mover *mover;
     struct mf_lander lander;
     struct io_uring ring;
-    uint8_t *buffer; /**< LEAD + PAYLOAD_ROOM + a header, aligned */
-    size_t have;     /**< bytes from the header on */
+    uint8_t *buffer; /**< LEAD, and room for the longest payload and the next header, aligned */
+    size_t at;       /**< how far behind LEAD the present payload begins; a multiple of 8 */
+    size_t have;     /**< bytes from there on */
 };
 
 static void nothing(void *arg, uint32_t context)
@@ -36,16 +39,21 @@ static void nothing(void *arg, uint32_t context)
 
 static uint8_t *frame_at(const struct bulk *b)
 {
-    return b->buffer + LEAD - MF_FRAME_HEADER_BYTES;
+    return b->buffer + LEAD - MF_FRAME_HEADER_BYTES + b->at;
 }
 
-/* Have at least @need bytes from the header on; one header more is welcome. Return: 1, 0 at the end
- * of the stream between frames, or -errno. */
+/* Have at least @need bytes from the header on; more is welcome. Return: 1, 0 at the end of the
+ * stream between frames, or -errno. */
 static int have_bytes(struct bulk *b, size_t need)
 {
+    if (b->have < need && b->at) {
+        const uint8_t *from = frame_at(b);
+        b->at = 0;
+        memmove(frame_at(b), from, b->have);
+    }
     while (b->have < need) {
-        ssize_t n = ring_recv(&b->ring, b->self->fd, frame_at(b) + b->have,
-                              need + MF_FRAME_HEADER_BYTES - b->have);
+        const size_t upto = need < AHEAD ? AHEAD : need + MF_FRAME_HEADER_BYTES;
+        ssize_t n = ring_recv(&b->ring, b->self->fd, frame_at(b) + b->have, upto - b->have);
         if (n <= 0)
             return n < 0 ? (int)n : b->have == 0 ? 0 : -ECONNRESET;
         b->have += (size_t)n;
@@ -57,8 +65,8 @@ static int have_bytes(struct bulk *b, size_t need)
 
 static void consume(struct bulk *b, size_t bytes)
 {
+    b->at += bytes;
     b->have -= bytes;
-    memmove(frame_at(b), frame_at(b) + bytes, b->have);
 }
 
 /* A huge page goes straight into the second mapping; what came along with the header is moved
@@ -69,17 +77,18 @@ static int receive_huge(struct bulk *b, const struct mf_frame *frame)
     int begun = mf_land_begin_huge(&b->lander, frame, &to);
     if (begun < 0)
         return account_failed(b->mover, begun);
-    size_t have = b->have - MF_FRAME_HEADER_BYTES; /* at most one header's worth of payload */
+    uint64_t got = b->have - MF_FRAME_HEADER_BYTES;
+    if (got > frame->length_bytes)
+        got = frame->length_bytes;
     int r = 1;
     if (to)
-        memcpy(to, frame_at(b) + MF_FRAME_HEADER_BYTES, have);
-    uint64_t got = have;
-    b->have = 0;
+        memcpy(to, frame_at(b) + MF_FRAME_HEADER_BYTES, got);
+    consume(b, MF_FRAME_HEADER_BYTES + got);
     while (r > 0 && got < frame->length_bytes) {
         uint64_t want = frame->length_bytes - got;
         if (!to && want > PAYLOAD_ROOM)
             want = PAYLOAD_ROOM;
-        ssize_t n = ring_recv(&b->ring, b->self->fd, to ? to + got : b->buffer + LEAD, want);
+        ssize_t n = ring_recv(&b->ring, b->self->fd, to ? to + got : b->buffer, want);
         if (n <= 0) {
             r = n < 0 ? (int)n : -ECONNRESET;
         } else {
