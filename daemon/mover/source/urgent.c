@@ -2,6 +2,10 @@
 /*
  * The urgent thread: answers REQUESTs. The page that is waited for goes out first and alone; when
  * nothing more is asked for, the neighbours of what was asked last follow, the newest first.
+ *
+ * After precopy most neighbours are current, and a word lets the guest have many of them. Bytes are
+ * sent only where the guest was seen to go from page to page: for one that jumps about they would
+ * be in the way of the next fault, and the sweep brings them for half the price.
  */
 #include "daemon/mover/mover.h"
 #include "daemon/mover/ring.h"
@@ -17,9 +21,11 @@
 #define NEIGHBOURS 16u        /**< pages in the aligned window around a fault */
 #define NEIGHBOURS_COPIED 64u /**< the same after precopy: most need no bytes, only a word */
 #define RECENT 32u            /**< windows remembered */
+#define ASKED 8u              /**< windows of the last requests */
 
 struct recent {
     uint32_t region;
+    bool bytes; /**< not only words */
     uint64_t first;
 };
 
@@ -32,11 +38,24 @@ struct urgent {
     size_t in_have;
     struct recent recent[RECENT]; /**< a stack that forgets its bottom */
     unsigned recent_count;
+    struct recent asked[ASKED]; /**< a ring */
+    unsigned asked_at;
 };
 
 static uint64_t window_pages(const struct urgent *u)
 {
     return u->mover->pagemap_fd >= 0 ? NEIGHBOURS_COPIED : NEIGHBOURS;
+}
+
+/* Was something in this window or beside it asked for a moment ago? */
+static bool goes_on(struct urgent *u, uint32_t region, uint64_t first, uint64_t pages)
+{
+    bool found = false;
+    for (unsigned i = 0; i < ASKED && !found; i++)
+        found = u->asked[i].bytes && u->asked[i].region == region &&
+                first + pages >= u->asked[i].first && u->asked[i].first + pages >= first;
+    u->asked[u->asked_at++ % ASKED] = (struct recent){region, true, first};
+    return found;
 }
 
 static void remember(struct urgent *u, uint32_t region, uint64_t page)
@@ -46,15 +65,18 @@ static void remember(struct urgent *u, uint32_t region, uint64_t page)
     if (u->mover->region[region].page_bytes > 65536 ||
         atomic_load_explicit(&u->mover->sweep.pace_bits_s, memory_order_relaxed))
         return;
-    uint64_t first = page - page % window_pages(u);
+    const uint64_t pages = window_pages(u), first = page - page % pages;
+    const bool bytes = goes_on(u, region, first, pages) || u->mover->pagemap_fd < 0;
     for (unsigned i = 0; i < u->recent_count; i++)
-        if (u->recent[i].region == region && u->recent[i].first == first)
+        if (u->recent[i].region == region && u->recent[i].first == first) {
+            u->recent[i].bytes |= bytes;
             return;
+        }
     if (u->recent_count == RECENT) {
         memmove(&u->recent[0], &u->recent[1], sizeof(u->recent[0]) * (RECENT - 1));
         u->recent_count--;
     }
-    u->recent[u->recent_count++] = (struct recent){region, first};
+    u->recent[u->recent_count++] = (struct recent){region, bytes, first};
 }
 
 static int answer(struct urgent *u, const struct mf_frame *request)
@@ -106,7 +128,8 @@ static int send_neighbours(struct urgent *u)
     uint64_t pages = window_pages(u);
     if (pages > region->pages - window.first)
         pages = region->pages - window.first;
-    int r = sender_pages(&u->sender, window.region, window.first, pages, false);
+    int r = window.bytes ? sender_pages(&u->sender, window.region, window.first, pages, false)
+                         : sender_confirm(&u->sender, window.region, window.first, pages);
     return r < 0 ? r : sender_flush(&u->sender);
 }
 
@@ -119,7 +142,8 @@ void *source_urgent_main(void *argument)
     if (r < 0)
         mover_fatal("cannot use io_uring: %s (sysctl kernel.io_uring_disabled?)", strerror(-r));
     u->mover = mover;
-    u->in_have = u->recent_count = 0;
+    u->in_have = u->recent_count = u->asked_at = 0;
+    memset(u->asked, 0, sizeof(u->asked));
     u->fd = mover->link.urgent_fd;
     sender_init(&u->sender, mover, &u->ring, u->fd);
     const char *what = NULL;
