@@ -341,7 +341,6 @@ static int confirm_copied(struct sender *s, uint32_t region, uint64_t first, uin
         if (result < 0 || error < 0)
             return result < 0 ? result : private_failed(s->mover, region, error);
     }
-    populate(r, first, end);
     for (uint64_t page = first; page <= end; page++) {
         bool current = false;
         if (page < end) {

@@ -30,6 +30,7 @@
 
 #define CHUNK_BYTES (2u << 20)
 #define LOOKED_AT_CHUNKS 32768u /**< 64 GiB */
+#define SCATTERED_RUNS 4u       /**< of missing pages in a chunk: as of here looked at together */
 
 static uint64_t chunk_pages(const struct mf_region *region)
 {
@@ -267,6 +268,26 @@ static unsigned chunk_place(const struct mover *mover, uint64_t chunk, uint64_t 
     return region;
 }
 
+/* On a later link little may be missing: only that is looked at. Where it lies scattered one look
+ * is cheaper than one for each run, and what was sent already is passed over. Private memory is
+ * copied out to be looked at, so of that never more than is missing. */
+static int send_unsent(struct sender *sender, unsigned region, uint64_t first, uint64_t pages)
+{
+    const struct mover *mover = sender->mover;
+    const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
+    uint64_t at = first, from = 0, run;
+    unsigned runs = 0;
+    for (; (run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0; at += run)
+        if (runs++ == 0)
+            from = at;
+    if (runs >= SCATTERED_RUNS && mover->region[region].kind != MF_MEMORY_PRIVATE)
+        return sender_pages(sender, region, from, first + pages - from, false);
+    int r = 0;
+    for (at = first; r == 0 && (run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0; at += run)
+        r = sender_pages(sender, region, at, run, false);
+    return r;
+}
+
 static int send_chunk(struct sender *sender, uint64_t chunk, enum along along, bool all)
 {
     struct mover *mover = sender->mover;
@@ -282,16 +303,7 @@ static int send_chunk(struct sender *sender, uint64_t chunk, enum along along, b
             count_looked(mover);
         return result;
     }
-    /* On a later link little may be missing: only that is looked at. */
-    const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
-    uint64_t at = first, run;
-    while ((run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0) {
-        int r2 = sender_pages(sender, region, at, run, false);
-        if (r2 < 0)
-            return r2;
-        at += run;
-    }
-    return 0;
+    return send_unsent(sender, region, first, pages);
 }
 
 /* Once along the row, together with the other bulk threads. */
@@ -350,6 +362,9 @@ static int one_pass(struct sender *sender, uint32_t pass)
     int r = 0;
     if (round) {
         r = go_along(sender, ALONG_ROUND, round == 1);
+        /* It lands while this end looks at what is dirty. */
+        if (r == 0)
+            r = sender_flush(sender);
         end_round(sender, doubts);
     } else {
         if (mover->pagemap_fd >= 0 && !atomic_load(&mover->view.file->looked))
