@@ -366,11 +366,13 @@ static void on_hello_reply(struct mover *mover, const Memferry__Peer__HelloReply
 static void on_missing(struct mover *mover, const Memferry__Peer__Missing *missing)
 {
     struct link *link = &mover->link;
-    if (mover->role != MF_SOURCE || !link->hello_seen) {
+    const bool first = !link->missing_open;
+    if (mover->role != MF_SOURCE || !link->hello_seen ||
+        (link->up && first && !sweep_pass_finished(mover))) {
         link_fail(mover, "the destination named missing pages at the wrong moment");
         return;
     }
-    if (!link->missing_open)
+    if (first)
         sweep_forget_sent(mover);
     link->missing_open = !missing->last;
     for (size_t i = 0; i < missing->n_runs; i++) {

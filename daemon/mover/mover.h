@@ -103,7 +103,7 @@ struct sweep {
     bool released;                /**< or told to confirm before RELEASE: the sweep may begin */
     uint32_t round;               /**< of precopy; 0: none yet */
     bool in_round;                /**< the present pass is a precopy round */
-    uint32_t finished;            /**< threads that have sent this round's barrier */
+    uint32_t finished;            /**< threads that have sent this pass's or round's barrier */
     _Atomic uint32_t through;     /**< threads that have nothing left to copy in this round */
     _Atomic uint64_t dirty_pages; /**< by then, of all that was copied */
     _Atomic bool cut;             /**< no further chunk in this round */
@@ -243,14 +243,16 @@ void tunnel_close(struct tunnel *tunnel);
 
 /* ---- source ---- */
 
-/** sweep_init() - once; sweep_restart() - a new link or pass: what Missing named is to be sent
- * again. */
+/** sweep_init() - once. */
 int sweep_init(struct mover *mover);
 /** sweep_set_pivot() - a fault was here: the sweep goes on from its chunk. */
 void sweep_set_pivot(struct mover *mover, uint32_t region, uint64_t page);
 void sweep_forget_sent(struct mover *mover); /**< everything counts as sent … */
 int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
-                  uint64_t pages);           /**< … but this */
+                  uint64_t pages); /**< … but this */
+/** sweep_pass_finished() - have all bulk threads sent a pass's barrier? Until then nobody can know
+ * what is missing, and nothing may be made missing: a round would send a page twice. */
+bool sweep_pass_finished(struct mover *mover);
 void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
 void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */

@@ -85,7 +85,17 @@ static void prepare_pass(struct sweep *sweep)
     for (uint64_t i = 0; i < sweep->chunk_count; i++)
         atomic_store_explicit(&sweep->taken[i], 0, memory_order_relaxed);
     atomic_store(&sweep->looked_chunks, 0);
+    sweep->finished = 0;
     sweep->pass++;
+}
+
+bool sweep_pass_finished(struct mover *mover)
+{
+    struct sweep *sweep = &mover->sweep;
+    pthread_mutex_lock(&sweep->lock);
+    bool finished = !sweep->in_round && sweep->finished == mover->link.streams;
+    pthread_mutex_unlock(&sweep->lock);
+    return finished;
 }
 
 void sweep_next_pass(struct mover *mover)
@@ -374,7 +384,7 @@ static int one_pass(struct sender *sender, uint32_t pass)
     }
     if (r == 0)
         r = sender_barrier(sender, round ? round : pass);
-    if (r == 0 && round) {
+    if (r == 0) {
         /* Counted before it is out, for the answer may come at once. */
         pthread_mutex_lock(&sweep->lock);
         sweep->finished++;
