@@ -184,3 +184,20 @@ def forgotten_while_link_is_lost(sandbox):
     pair.check_source_quit()
     pair.check_arrived()
     pair.forget()
+
+
+@e2e()
+def source_comes_back_to_the_finished(sandbox):
+    """The source alone notices that the link was lost, when all memory is there: it hears so, and not of a failure."""
+    pair = Pair(sandbox, mbit=SLOW_MBIT, used_mib=32)
+    relay = Relay(sandbox, pair.network.names["a"], (pair.b.address, 7466))
+    verb = pair.begin(*POSTCOPY, to=relay.address)
+    pair.b.wait_state(pair.name, "postcopy")
+    relay.stalled_kinds = {wire.CONTROL}
+    pair.b.wait_state(pair.name, "drained")
+    relay.cut_clients()
+    relay.stalled_kinds = set()
+    need(pair.finish(verb).json["state"] == "done", "the source should be done")
+    pair.check_source_quit()
+    pair.check_arrived()
+    pair.forget()

@@ -94,6 +94,7 @@ class Relay:
         self._namespace = namespace
         self._target = target
         self._pairs = []
+        self._silent = set()
         self._kinds = {}
         self._streams = {}
         self._closed = False
@@ -144,9 +145,11 @@ class Relay:
                     data = self._spoil(data, number, passed)
                 passed += len(data)
                 sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
+            if source not in self._silent:
+                sink.shutdown(socket.SHUT_WR)
         except OSError:
-            self._shut(source, sink)
+            if not {source, sink} & self._silent:
+                self._shut(source, sink)
 
     @staticmethod
     def _shut(*ends):
@@ -171,6 +174,12 @@ class Relay:
         for pair in self._pairs:
             self._shut(*pair)
         self._pairs.clear()
+
+    def cut_clients(self):
+        """Close all present connections towards the clients; the target is not told."""
+        for client, _ in self._pairs:
+            self._silent.add(client)
+            self._shut(client)
 
     def close(self):
         if self._closed:
