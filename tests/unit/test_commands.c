@@ -108,6 +108,9 @@ static void test_what_it_says_is_fit_to_print(void **state)
     (void)state;
     struct ended ended = outcome("printf 'a\\001b\\377\\303\\244c'; exit 1", 10000);
     assert_non_null(strstr(ended.text, "it said: a b?\303\244c"));
+    /* Of many the last counts. */
+    ended = outcome("seq 100000; exit 1", 10000);
+    assert_non_null(strstr(ended.text, "it said: 100000"));
     /* No line's length matters. */
     ended = outcome("head -c 3000 /dev/zero | tr '\\0' x; exit 1", 10000);
     assert_true(strlen(ended.text) < 600);

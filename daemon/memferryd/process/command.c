@@ -19,6 +19,7 @@
 
 #define ENVIRONMENT_MAX 16u
 #define LINE_BYTES 400u
+#define LINES_MAX 200u /* of one command in the log: each may be a write that blocks */
 
 struct command {
     command_done done; /**< NULL: forgotten */
@@ -32,6 +33,7 @@ struct command {
     char line[LINE_BYTES]; /**< of its output, the one that is not complete */
     size_t line_bytes;
     char last_line[LINE_BYTES];
+    unsigned long long lines;
 };
 
 /* ---- the child's side ---- */
@@ -127,13 +129,16 @@ static void end_line(struct command *command)
     }
     command->line_bytes = 0;
     memcpy(command->last_line, command->line, sizeof(command->last_line));
-    mf_log(MF_LOG_INFO, "%s: %s: %s", command->session, command->word, command->line);
+    if (++command->lines <= LINES_MAX)
+        mf_log(MF_LOG_INFO, "%s: %s: %s", command->session, command->word, command->line);
 }
 
-static void take_output(struct command *command)
+/* At most @limit_bytes: a command that says much has no more of memferryd than others. */
+static void take_output(struct command *command, size_t limit_bytes)
 {
     char bytes[4096];
-    for (unsigned i = 0; i < 16; i++) {
+    while (limit_bytes >= sizeof(bytes)) {
+        limit_bytes -= sizeof(bytes);
         ssize_t n = read(command->output_fd, bytes, sizeof(bytes));
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             return;
@@ -155,7 +160,7 @@ static void on_output(evutil_socket_t fd, short what, void *arg)
 {
     (void)fd;
     (void)what;
-    take_output(arg);
+    take_output(arg, 4096);
 }
 
 static void kill_group(const struct command *command)
@@ -206,8 +211,11 @@ static void on_exit_event(evutil_socket_t fd, short what, void *arg)
     (void)what;
     if (waitid(P_PID, (id_t)command->pid, &info, WEXITED | WNOHANG) != 0 || info.si_pid == 0)
         return;
-    take_output(command);
+    take_output(command, 65536); /* what a pipe holds: the last line says why it failed */
     end_line(command);
+    if (command->lines > LINES_MAX)
+        mf_log(MF_LOG_INFO, "%s: %s: %llu more lines were not logged", command->session,
+               command->word, command->lines - LINES_MAX);
     const struct mf_error *why = judge(command, &info, &err);
     if (why) /* what it left running would go on with half the work */
         kill(-command->pid, SIGKILL);

@@ -5,8 +5,8 @@
  *
  * It runs as memferryd's user, in `/`, with a session and process group of its own, umask 077,
  * default signals and no environment but PATH, LC_ALL and what the caller gives. Its standard error
- * (and its standard output, unless that goes elsewhere) goes to memferryd's log line by line; the
- * last line explains a failure.
+ * (and its standard output, unless that goes elsewhere) goes to memferryd's log line by line, of
+ * many the first; the last line explains a failure.
  */
 #pragma once
 
