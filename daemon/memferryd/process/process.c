@@ -247,7 +247,9 @@ static int set_info(struct vmm *vmm, struct mf_error *err)
 {
     struct vmm_info *info = &vmm->info;
     info->pid = vmm->pid;
-    info->state_s = vmm->timeout_ms / 1000;
+    /* Saving and loading may each take their time, and then threads have to stop. What is set at
+     * the destination is not known here. */
+    info->state_s = 2 * (vmm->timeout_ms + STOP_MS) / 1000;
     if (mf_process_direct(vmm->pid, info->direct_io, sizeof(info->direct_io)) <= 0)
         info->direct_io[0] = '\0';
     note_set_aside(vmm);
