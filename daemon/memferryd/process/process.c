@@ -467,10 +467,17 @@ static void begin_save(struct vmm *vmm)
 {
     struct mf_error err;
     int pipe_fds[2], device = -1;
-    if (pipe2(pipe_fds, O_CLOEXEC) != 0 ||
-        (device = fcntl(vmm->device_fd, F_DUPFD_CLOEXEC, 3)) < 0) {
+    if (pipe2(pipe_fds, O_CLOEXEC) != 0) {
         mf_fail(&err, errno, "cannot make a pipe for the state of %s: %s", vmm->name,
                 strerror(errno));
+        fail(vmm, &err);
+        return;
+    }
+    device = fcntl(vmm->device_fd, F_DUPFD_CLOEXEC, 3);
+    if (device < 0) {
+        mf_fail(&err, errno, "cannot keep the device stream of %s: %s", vmm->name, strerror(errno));
+        close(pipe_fds[0]);
+        close(pipe_fds[1]);
         fail(vmm, &err);
         return;
     }
