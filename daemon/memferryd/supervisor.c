@@ -195,6 +195,23 @@ static void take_companion(struct mover_process *m, pid_t pid)
         event_add(m->companion_event, NULL);
 }
 
+/* A mover that has ended may have named its companion a moment before, unread as yet. That is a
+ * child of ours, which nobody else would reap. */
+static void learn_companion(struct mover_process *m)
+{
+    struct mf_ipc message;
+    int fd = -1;
+    if (m->sock < 0)
+        return;
+    evutil_make_socket_nonblocking(m->sock);
+    while (!m->ready && !m->companion && mf_ipc_receive(m->sock, &message, &fd) > 0) {
+        if (fd >= 0)
+            close(fd);
+        if (message.type == MF_IPC_COMPANION)
+            take_companion(m, message.companion_pid);
+    }
+}
+
 static void on_exit_event(evutil_socket_t fd, short what, void *arg)
 {
     struct mover_process *m = arg;
@@ -210,10 +227,11 @@ static void on_exit_event(evutil_socket_t fd, short what, void *arg)
     else
         snprintf(how, sizeof(how), "was killed by signal %d (%s)", info.si_status,
                  strsignal(info.si_status));
+    learn_companion(m);
     if (m->companion)
         keep_children(session, m->companion);
     end_companion(m);
-    /* Its last messages may still lie in the socket; a dead mover's words are not needed. */
+    /* What else lies in the socket is not needed: a dead mover's words. */
     free_process(m);
     if (session) {
         session->mover = NULL;
@@ -460,6 +478,8 @@ int mover_start(struct session *session, struct mf_error *err)
     if (r < 0) {
         kill(m->pid, SIGKILL);
         waitpid(m->pid, NULL, 0);
+        learn_companion(m);
+        end_companion(m);
         free_process(m);
         return r;
     }
@@ -493,7 +513,12 @@ void mover_stop(struct session *session)
     m->session = NULL;
     event_free(m->sock_event);
     m->sock_event = NULL;
-    close(m->sock); /* which is its order to leave */
+    /* Its order to leave. One that has just begun may still name its companion. */
+    if (!m->ready && !m->companion) {
+        shutdown(m->sock, SHUT_WR);
+        return;
+    }
+    close(m->sock);
     m->sock = -1;
 }
 
