@@ -545,12 +545,15 @@ void session_describe(struct session *session, Memferry__Control__Session *out,
         faults->count = f->faults_asked; /* so far; the destination's figure comes at the end */
     out->faults = faults;
     out->mover_restarts = session->mover_restarts;
+    /* The mover counts what its peer names as missing, as often as it does so. */
+    const uint64_t missing_pages =
+        f->missing_pages < session->total_pages ? f->missing_pages : session->total_pages;
     if (session->link && session->total_pages)
         out->confirmed_bytes =
             session->state == MF_DONE
                 ? session->ram_bytes
                 : (uint64_t)((double)session->ram_bytes *
-                             (1.0 - (double)f->missing_pages / (double)session->total_pages));
+                             (1.0 - (double)missing_pages / (double)session->total_pages));
     if (session->role == MF_SOURCE) {
         out->mode = (char *)(uintptr_t)mf_mode_name(session->rounds.mode);
         out->rounds = session->round_begun;
