@@ -14,6 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "lib/proc_stat.h"
 #include "lib/util.h"
 
 /* ---- choices ---- */
@@ -417,25 +418,26 @@ int mf_process_recheck(pid_t pid, const struct mf_file *known, size_t known_coun
     return r < 0 ? mf_fail(err, why.code, "%s", why.text) : 0;
 }
 
-static bool maps_region(pid_t pid, const struct mf_file *files, size_t count)
+unsigned mf_files_regions(const struct mf_file *files, size_t count, struct mf_region_source *out)
 {
-    cleanup_free struct mf_vma *vmas = NULL;
-    size_t vma_count = 0;
-    if (mf_target_vmas(pid, &vmas, &vma_count, NULL) < 0)
-        return false; /* it is gone */
-    for (size_t i = 0; i < vma_count; i++)
-        for (size_t j = 0; j < count; j++)
-            if (vmas[i].shared && files[j].verdict == MF_FILE_REGION &&
-                vmas[i].inode == files[j].inode && vmas[i].device == files[j].device)
-                return true;
-    return false;
+    unsigned used = 0;
+    for (size_t i = 0; i < count && used < MF_REGIONS_MAX; i++)
+        if (files[i].verdict == MF_FILE_REGION)
+            out[used++] = (struct mf_region_source){.kind = files[i].kind,
+                                                    .fd = -1,
+                                                    .size_bytes = files[i].size_bytes,
+                                                    .page_bytes = files[i].page_bytes,
+                                                    .device = files[i].device,
+                                                    .inode = files[i].inode};
+    return used;
 }
 
 /* A child may have a child, and so on; one that is its own ancestor there is not, but a bound costs
  * nothing. */
 #define DEPTH_MAX 16u
 
-static pid_t find_child(pid_t pid, const struct mf_file *files, size_t count, unsigned depth)
+static pid_t find_child(pid_t pid, const struct mf_region_source *regions, unsigned count,
+                        unsigned depth)
 {
     char path[320];
     snprintf(path, sizeof(path), "/proc/%d/task", pid);
@@ -448,10 +450,10 @@ static pid_t find_child(pid_t pid, const struct mf_file *files, size_t count, un
         cleanup_fclose FILE *children = fopen(path, "re");
         int child;
         while (children && !found && fscanf(children, "%d", &child) == 1) {
-            if (maps_region(child, files, count))
+            if (mf_target_maps(child, regions, count))
                 found = child;
             else if (depth < DEPTH_MAX)
-                found = find_child(child, files, count, depth + 1);
+                found = find_child(child, regions, count, depth + 1);
         }
     }
     return found;
@@ -459,22 +461,11 @@ static pid_t find_child(pid_t pid, const struct mf_file *files, size_t count, un
 
 pid_t mf_process_child(pid_t pid, const struct mf_file *files, size_t count)
 {
-    return find_child(pid, files, count, 0);
+    struct mf_region_source regions[MF_REGIONS_MAX];
+    return find_child(pid, regions, mf_files_regions(files, count, regions), 0);
 }
 
 /* ---- threads ---- */
-
-/* The third field of stat: one letter. The second, in parentheses, may hold anything. */
-static char thread_state(pid_t pid, const char *tid)
-{
-    char path[320], line[512];
-    snprintf(path, sizeof(path), "/proc/%d/task/%s/stat", pid, tid);
-    cleanup_fclose FILE *stat = fopen(path, "re");
-    if (!stat || !fgets(line, sizeof(line), stat))
-        return '\0';
-    const char *after = strrchr(line, ')');
-    return after && after[1] == ' ' ? after[2] : '\0';
-}
 
 enum mf_run mf_process_run(pid_t pid)
 {
@@ -487,12 +478,13 @@ enum mf_run mf_process_run(pid_t pid)
     for (struct dirent *entry; (entry = readdir(tasks));) {
         if (entry->d_name[0] == '.')
             continue;
-        char state = thread_state(pid, entry->d_name);
+        struct mf_proc_stat stat;
         /* A leader that has ended stays as a zombie while other threads live. */
-        if (state == '\0' || state == 'Z' || state == 'X')
+        if (mf_proc_stat(pid, (pid_t)strtol(entry->d_name, NULL, 10), &stat) < 0 ||
+            stat.state == 'Z' || stat.state == 'X')
             continue;
         alive++;
-        stopped += state == 'T';
+        stopped += stat.state == 'T';
     }
     if (alive == 0)
         return MF_RUN_GONE;

@@ -96,6 +96,10 @@ int mf_process_files(pid_t pid, const struct mf_choice *choices, unsigned choice
 int mf_process_recheck(pid_t pid, const struct mf_file *known, size_t known_count, bool all,
                        struct mf_error *err);
 
+/** mf_files_regions() - those of @files that are regions, as far as it takes to know a mapping of
+ * them (mf_region_of()). @out: room for MF_REGIONS_MAX. Return: how many. */
+unsigned mf_files_regions(const struct mf_file *files, size_t count, struct mf_region_source *out);
+
 /** mf_process_child() - has the process a child (or grandchild) that maps one of the regions?
  * Children that left it to init are not seen. Return: its process id, or 0. */
 pid_t mf_process_child(pid_t pid, const struct mf_file *files, size_t count);

@@ -137,10 +137,16 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
  * one of the regions? A writer that can't be seen (vhost-user back end). Reads every /proc/N/maps
  * that is readable. Return: 0 none, 1 with @who (a name such as "virtiofsd (pid 123)") filled, or
  * -errno.
- * @descendants: whether those of @pid count.
+ * @descendants: whether those of @pid count. @since_ticks: only who was started since
+ * (mf_proc_ticks()), which is quicker; 0: all.
  */
-int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions,
-                      unsigned region_count, char *who, size_t who_size);
+int mf_target_foreign(pid_t pid, bool descendants, uint64_t since_ticks,
+                      const struct mf_region_source *regions, unsigned region_count, char *who,
+                      size_t who_size);
+
+/** mf_target_maps() - does @pid map one of the regions shared? (Private memory is nobody else's.) A
+ * process that can't be read does not. */
+bool mf_target_maps(pid_t pid, const struct mf_region_source *regions, unsigned region_count);
 
 /** mf_target_vfio() - has the target VFIO or vDPA devices open (/proc/PID/fd)? Return: 1, 0 or
  * -errno. */

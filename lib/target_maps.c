@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/sysmacros.h>
 
+#include "lib/proc_stat.h"
 #include "lib/util.h"
 
 static const char deleted_mark[] = " (deleted)";
@@ -191,9 +192,7 @@ int mf_target_mappings(const struct mf_vma *vmas, size_t count,
     return (int)used;
 }
 
-/** maps_region() - does @pid map one of the regions shared? A process that can't be read does not
- * count. */
-static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsigned region_count)
+bool mf_target_maps(pid_t pid, const struct mf_region_source *regions, unsigned region_count)
 {
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/maps", pid);
@@ -214,15 +213,8 @@ static bool maps_region(pid_t pid, const struct mf_region_source *regions, unsig
 /** parent_of() - its parent's process id, 0 if that can't be said. */
 static pid_t parent_of(pid_t other)
 {
-    char path[64], line[512];
-    snprintf(path, sizeof(path), "/proc/%d/stat", (int)other);
-    cleanup_fclose FILE *stat = fopen(path, "re");
-    if (!stat || !fgets(line, sizeof(line), stat))
-        return 0;
-    /* "pid (comm) state ppid": the name may hold anything, so from its last parenthesis on. */
-    const char *after = strrchr(line, ')');
-    int parent = 0;
-    return after && sscanf(after + 1, " %*c %d", &parent) == 1 ? parent : 0;
+    struct mf_proc_stat stat;
+    return mf_proc_stat(other, 0, &stat) == 0 ? stat.parent : 0;
 }
 
 /* A mover that has just been told to leave still maps the memory for a moment. */
@@ -241,9 +233,11 @@ static bool is_descendant(pid_t other, pid_t pid)
     return false;
 }
 
-int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source *regions,
-                      unsigned region_count, char *who, size_t who_size)
+int mf_target_foreign(pid_t pid, bool descendants, uint64_t since_ticks,
+                      const struct mf_region_source *regions, unsigned region_count, char *who,
+                      size_t who_size)
 {
+    struct mf_proc_stat stat;
     cleanup_closedir DIR *proc = opendir("/proc");
     if (!proc)
         return -errno;
@@ -251,8 +245,10 @@ int mf_target_foreign(pid_t pid, bool descendants, const struct mf_region_source
         pid_t other = (pid_t)strtol(entry->d_name, NULL, 10);
         if (other <= 0 || other == pid || other == getpid())
             continue;
+        if (since_ticks && (mf_proc_stat(other, 0, &stat) < 0 || stat.start_ticks < since_ticks))
+            continue;
         /* One without a parent has ended meanwhile. */
-        if (maps_region(other, regions, region_count) && parent_of(other) > 0 &&
+        if (mf_target_maps(other, regions, region_count) && parent_of(other) > 0 &&
             !is_child_of_ours(other) && (descendants || !is_descendant(other, pid))) {
             char name[64];
             mf_target_comm(other, name, sizeof(name));

@@ -178,7 +178,7 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
     /* Children of a program at work come and go; those that stay are seen when it is paused. */
     const bool children =
         session->role == MF_DESTINATION || session_vmm_ops(session) != &vmm_process;
-    if (mf_target_foreign(session->pid, children, session->region, session->region_count, who,
+    if (mf_target_foreign(session->pid, children, 0, session->region, session->region_count, who,
                           sizeof(who)) > 0)
         return mf_fail(err, ENOTSUP,
                        "the memory of %s is also mapped by %s, whose writes can't be followed "

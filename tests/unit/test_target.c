@@ -18,6 +18,7 @@
 
 #include <cmocka.h>
 
+#include "lib/proc_stat.h"
 #include "lib/target.h"
 #include "lib/util.h"
 
@@ -351,10 +352,11 @@ static void notices_foreign_mappings(void **state)
     char who[96] = "";
     map_ram(&ram, "/dev/shm", "vm1", MAP_SHARED);
     assert_int_equal(find(ram.path, ram.length_bytes, &region, NULL), 0);
-    assert_int_equal(mf_target_foreign(getpid(), true, &region, 1, who, sizeof(who)), 0);
+    assert_int_equal(mf_target_foreign(getpid(), true, 0, &region, 1, who, sizeof(who)), 0);
 
     int told[2];
     pid_t grandchild = 0;
+    const uint64_t before_ticks = mf_proc_ticks();
     assert_int_equal(pipe(told), 0);
     pid_t child = fork(); /* inherits the mapping, as a mover has it; its child is a stranger */
     if (child == 0) {
@@ -365,9 +367,12 @@ static void notices_foreign_mappings(void **state)
             pause();
     }
     assert_int_equal(read(told[0], &grandchild, sizeof(grandchild)), sizeof(grandchild));
-    int without = mf_target_foreign(getpid(), false, &region, 1, who, sizeof(who));
-    int rc = mf_target_foreign(getpid(), true, &region, 1, who, sizeof(who));
-    int as_target = mf_target_foreign(grandchild, true, &region, 1, who + 48, sizeof(who) - 48);
+    int without = mf_target_foreign(getpid(), false, 0, &region, 1, who, sizeof(who));
+    int rc = mf_target_foreign(getpid(), true, 0, &region, 1, who, sizeof(who));
+    int young = mf_target_foreign(getpid(), true, before_ticks, &region, 1, who, sizeof(who));
+    int younger =
+        mf_target_foreign(getpid(), true, mf_proc_ticks() + 1, &region, 1, who, sizeof(who));
+    int as_target = mf_target_foreign(grandchild, true, 0, &region, 1, who + 48, sizeof(who) - 48);
     kill(grandchild, SIGKILL);
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
@@ -375,6 +380,8 @@ static void notices_foreign_mappings(void **state)
     close(told[1]);
     assert_int_equal(without, 0);
     assert_int_equal(rc, 1);
+    assert_int_equal(young, 1);
+    assert_int_equal(younger, 0);
     assert_non_null(strstr(who, "test_target (pid "));
     assert_int_equal(as_target, 0); /* the caller's own mapping and its child's do not count */
     close(region.fd);

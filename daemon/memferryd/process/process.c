@@ -32,6 +32,7 @@
 #include "daemon/memferryd/process/relay.h"
 #include "daemon/memferryd/vmm.h"
 #include "lib/log.h"
+#include "lib/proc_stat.h"
 #include "lib/process.h"
 #include "lib/util.h"
 
@@ -98,6 +99,7 @@ struct vmm {
     unsigned return_tries;
     uint64_t stop_deadline_ns, child_deadline_ns;
     unsigned stop_ms;
+    uint64_t opened_ticks; /* mf_proc_ticks() */
     bool stand_still;
 
     char pid_text[32], session_text[96], role_text[32], word_text[32];
@@ -399,6 +401,21 @@ static int recheck(struct vmm *vmm, struct mf_error *err)
                        "%s (pid %d) has a child process (pid %d) that shares the memory of %s and "
                        "would be left behind with it; have it end before the program is paused",
                        vmm->info.version, (int)vmm->pid, (int)child, vmm->name);
+    struct mf_region_source regions[MF_REGIONS_MAX];
+    const unsigned region_count = mf_files_regions(vmm->files, vmm->file_count, regions);
+    /* One whose parent has ended is init's child. Who was there before was looked at then. */
+    if (mf_target_foreign(vmm->pid, true, vmm->opened_ticks, regions, region_count, what,
+                          sizeof(what)) > 0)
+        return mf_fail(
+            err, EBUSY,
+            "the memory of %s is mapped by %s too, which was started since the migration "
+            "began and whose writes can't be followed; end it and try again",
+            vmm->name, what);
+    if (mf_target_vfio(vmm->pid) > 0)
+        return mf_fail(err, EBUSY,
+                       "%s (pid %d) has come to hold a device passed through (VFIO or vDPA), which "
+                       "writes to its memory unseen; close it and try again",
+                       vmm->info.version, (int)vmm->pid);
     if (vmm->role == VMM_SOURCE && !vmm->info.direct_io[0] &&
         mf_process_direct(vmm->pid, what, sizeof(what)) > 0)
         return mf_fail(err, EBUSY,
@@ -762,6 +779,7 @@ static int process_open(struct event_base *base, const char *vm_name,
     vmm->pid = target->pid;
     vmm->device_fd = -1;
     vmm->timeout_ms = target->timeout_s * 1000u;
+    vmm->opened_ticks = mf_proc_ticks();
     vmm->stand_still = target->stand_still;
     snprintf(vmm->name, sizeof(vmm->name), "%s", vm_name);
     snprintf(vmm->pid_text, sizeof(vmm->pid_text), "MEMFERRY_PID=%d", (int)vmm->pid);
