@@ -374,6 +374,46 @@ def process_environment(sandbox):
 
 
 @e2e()
+def process_stopped_meanwhile(sandbox):
+    """Let go on, or stopped, while memory is sent: the destination was told otherwise, and the program stays as it is."""
+    pair = Pair(sandbox, "--shared-model", "--ops", "wvdmup")
+    for first, then, word in ((signal.SIGSTOP, signal.SIGCONT, "let go on"), (signal.SIGCONT, signal.SIGSTOP, "stopped")):
+        os.kill(pair.source.pid, first)
+        pair.receive(load="cat")
+        verb = pair.begin("--mode", "hybrid", "--bandwidth", "2M", pause=None, save="true")
+        pair.a.wait_state(pair.name, "precopy")
+        os.kill(pair.source.pid, then)
+        time.sleep(0.1)
+        pair.a.expect(0, "switch", pair.name)
+        answer = pair.finish(verb, code=1)
+        need(f"was {word}" in answer.json["reason"], f"the reason: {answer}")
+        need((pair.source.state() == "T") == (then == signal.SIGSTOP), f"it is in state {pair.source.state()}")
+        pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+        pair.fresh_destination()
+    os.kill(pair.source.pid, signal.SIGCONT)
+    pair.check_stayed()
+
+
+@e2e()
+def process_orphan_shares(sandbox):
+    """A process that left its parent has the memory too, and is nobody's child: found when the program is paused."""
+    pair = Pair(sandbox)
+    pair.receive()
+    verb = pair.begin("--mode", "hybrid", "--bandwidth", "2M")
+    pair.a.wait_state(pair.name, "precopy")
+    orphan = int(pair.source.ask("orphan").split()[1])
+    pair.a.expect(0, "switch", pair.name)
+    answer = pair.finish(verb, code=1)
+    os.kill(orphan, signal.SIGKILL)
+    need(f"(pid {orphan})" in answer.json["reason"] and "started since" in answer.json["reason"], f"the reason: {answer}")
+    pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+    pair.fresh_destination()
+    pair.migrate()
+    pair.check_arrived()
+    pair.forget()
+
+
+@e2e()
 def process_keep_source(sandbox):
     """It stays, stopped."""
     pair = Pair(sandbox)

@@ -444,6 +444,15 @@ static void begin_pause(struct vmm *vmm)
         fail(vmm, &err);
         return;
     }
+    /* What the destination was told of it by now has to be true still, and so has what is to be
+     * undone. */
+    if ((mf_process_run(vmm->pid) != MF_RUN_STOPPED) != vmm->info.was_running) {
+        mf_fail(&err, EBUSY, "%s (pid %d) was %s since the migration began: try again",
+                vmm->info.version, (int)vmm->pid,
+                vmm->info.was_running ? "stopped (SIGSTOP)" : "let go on (SIGCONT)");
+        fail(vmm, &err);
+        return;
+    }
     vmm->paused = vmm->info.was_running;
     guard_return(vmm->guard, vmm->paused);
     tell(vmm, VMM_STOPPED, NULL);
