@@ -28,14 +28,14 @@ struct lingering {
 
 static struct lingering *lingers; /* of the one daemon of this process */
 
-static void drain(int uffd)
+void drop_events(int uffd)
 {
-    struct uffd_msg message;
-    while (read(uffd, &message, sizeof(message)) == (ssize_t)sizeof(message)) {
-        /* All of its memory is there: the child needs no userfaultfd. */
-        if (message.event == UFFD_EVENT_FORK)
-            close((int)message.arg.fork.ufd);
-    }
+    struct uffd_msg messages[64];
+    ssize_t n;
+    while ((n = read(uffd, messages, sizeof(messages))) > 0)
+        for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++)
+            if (messages[i].event == UFFD_EVENT_FORK)
+                close((int)messages[i].arg.fork.ufd);
 }
 
 static void destroy(struct lingering *l)
@@ -44,7 +44,7 @@ static void destroy(struct lingering *l)
         event_free(l->readable);
     if (l->timer)
         event_free(l->timer);
-    drain(l->uffd);
+    drop_events(l->uffd);
     close(l->uffd);
     free(l);
 }
@@ -53,7 +53,7 @@ static void on_readable(evutil_socket_t fd, short what, void *arg)
 {
     (void)what;
     (void)arg;
-    drain((int)fd);
+    drop_events((int)fd);
 }
 
 static void on_time(evutil_socket_t fd, short what, void *arg)
@@ -70,7 +70,7 @@ static void on_time(evutil_socket_t fd, short what, void *arg)
 void linger(struct daemon *daemon, int uffd)
 {
     struct lingering *l = calloc(1, sizeof(*l));
-    drain(uffd);
+    drop_events(uffd);
     if (!l) {
         close(uffd);
         return;

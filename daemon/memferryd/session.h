@@ -225,6 +225,9 @@ void target_let_go(struct session *session);
  * over; nothing is registered with it any more. */
 void linger(struct daemon *daemon, int uffd);
 void lingers_drop(void);
+/** drop_events() - read all that a userfaultfd says, so that nobody waits for it, and do nothing
+ * with it: nothing is missing, so a child that was forked needs no userfaultfd. */
+void drop_events(int uffd);
 
 /* ---- supervisor.c ---- */
 

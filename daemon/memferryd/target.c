@@ -345,13 +345,8 @@ int target_track(struct session *session, struct mf_error *err)
 static void on_unread_events(evutil_socket_t fd, short what, void *arg)
 {
     struct session *session = arg;
-    struct uffd_msg messages[64];
-    ssize_t n;
     (void)what;
-    while ((n = read(fd, messages, sizeof(messages))) > 0)
-        for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++)
-            if (messages[i].event == UFFD_EVENT_FORK)
-                close((int)messages[i].arg.fork.ufd);
+    drop_events((int)fd);
     if (session->view.file)
         mf_copies_doubt(&session->view.file->copies, MF_DOUBT_UNREAD);
 }
