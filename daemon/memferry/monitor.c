@@ -9,6 +9,7 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,8 +59,17 @@ static uint64_t now_us(const struct monitor *monitor)
     return monitor->epoch_us + mf_now_ns() / 1000;
 }
 
-static void notice(const char *sentence)
+/** notice() - a sentence, unless saying it would make us wait: a terminal can be held (Ctrl-S). */
+__attribute__((format(printf, 1, 2))) static void notice(const char *format, ...)
 {
+    struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
+    if (poll(&room, 1, 0) <= 0 || !(room.revents & POLLOUT))
+        return;
+    va_list args;
+    char sentence[1024];
+    va_start(args, format);
+    vsnprintf(sentence, sizeof(sentence), format, args);
+    va_end(args);
     fprintf(stderr, "memferry: %s\n", sentence);
 }
 
@@ -169,8 +179,7 @@ static void attach_again(struct monitor *monitor, struct followed *one)
     mf_watch_let_go(&one->watch);
     one->unwatched = true;
     if (err.code != ESRCH)
-        fprintf(stderr, "memferry: the program that process %d executed is not watched: %s\n",
-                one->watch.pid, err.text);
+        notice("the program that process %d executed is not watched: %s", one->watch.pid, err.text);
 }
 
 static void tell_exec(struct monitor *monitor, const struct followed *one)
@@ -340,13 +349,14 @@ static void introduce(const struct mf_watch *watch)
     if (odd)
         snprintf(text + length, sizeof(text) - length, ", %zu special", odd);
     mf_target_comm(watch->pid, name, sizeof(name));
-    fprintf(stderr, "memferry: watching %zu of %zu mappings (%s) of %s (pid %d)%s%s\n", watched,
-            watch->count, show_bytes(watched_bytes).text, name, watch->pid,
-            text[0] ? "; can't be watched: " : "", text[0] ? text + 2 : "");
+    notice("watching %zu of %zu mappings (%s) of %s (pid %d)%s%s", watched, watch->count,
+           show_bytes(watched_bytes).text, name, watch->pid, text[0] ? "; can't be watched: " : "",
+           text[0] ? text + 2 : "");
 }
 
 /** block_signals() - those that ask to end come by a descriptor. Ctrl-Z would stop us, and with us
- * the process at its next event, so it is not heard. */
+ * the process at its next event, so it is not heard; and a terminal that wants no output from the
+ * background ("stty tostop") gets it. */
 static int block_signals(void)
 {
     sigset_t wanted;
@@ -356,6 +366,7 @@ static int block_signals(void)
     sigaddset(&wanted, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &wanted, NULL);
     signal(SIGTSTP, SIG_IGN);
+    signal(SIGTTOU, SIG_IGN);
     return signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
@@ -395,7 +406,7 @@ int verb_monitor(const struct cli_args *args)
         rc = mf_watch_attach(&first->watch, &err);
     first->since_ns = mf_now_ns();
     if (rc == 0) {
-        int code = -monitor_output_start(&monitor.output);
+        int code = -monitor_output_start(&monitor.output, signal_fd);
         if (code)
             rc = mf_fail(&err, code, "cannot start the thread that prints: %s", strerror(code));
     }

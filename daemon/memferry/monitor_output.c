@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +13,7 @@
 #include "lib/util.h"
 
 #define RING_BYTES (size_t)(4 << 20)
+#define CHUNK_BYTES (size_t)4096 /**< written at a time: how a slow reader is told from none */
 
 /* ---- lines ---- */
 
@@ -88,6 +90,7 @@ static void *writer(void *arg)
             break;
         size_t tail = (output->head + RING_BYTES - output->used) % RING_BYTES;
         size_t length_bytes = RING_BYTES - tail < output->used ? RING_BYTES - tail : output->used;
+        length_bytes = length_bytes < CHUNK_BYTES ? length_bytes : CHUNK_BYTES;
         pthread_mutex_unlock(&output->lock);
         /* Nobody touches what is in the ring but us. */
         int rc = mf_write_all(STDOUT_FILENO, output->ring + tail, length_bytes);
@@ -96,16 +99,32 @@ static void *writer(void *arg)
         output->failed |= rc < 0;
         pthread_cond_signal(&output->drained);
     }
+    output->ended = true;
+    pthread_cond_signal(&output->drained);
     pthread_mutex_unlock(&output->lock);
     return NULL;
 }
 
-int monitor_output_start(struct monitor_output *output)
+/** await_writer() - until it has got on. Whoever asks us to end is not kept waiting by a reader
+ * that takes nothing. Called with the lock held. */
+static void await_writer(struct monitor_output *output)
+{
+    struct pollfd asked = {.fd = output->signal_fd, .events = POLLIN};
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec++;
+    if (pthread_cond_clockwait(&output->drained, &output->lock, CLOCK_MONOTONIC, &until) ==
+        ETIMEDOUT)
+        output->failed |= poll(&asked, 1, 0) > 0;
+}
+
+int monitor_output_start(struct monitor_output *output, int signal_fd)
 {
     *output = (struct monitor_output){.lock = PTHREAD_MUTEX_INITIALIZER,
                                       .filled = PTHREAD_COND_INITIALIZER,
                                       .drained = PTHREAD_COND_INITIALIZER,
-                                      .ring = malloc(RING_BYTES)};
+                                      .ring = malloc(RING_BYTES),
+                                      .signal_fd = signal_fd};
     if (!output->ring)
         return -ENOMEM;
     int code = pthread_create(&output->thread, NULL, writer, output);
@@ -118,7 +137,7 @@ void monitor_output_add(struct monitor_output *output, const char *line, size_t 
 {
     pthread_mutex_lock(&output->lock);
     while (RING_BYTES - output->used < length_bytes && !output->failed)
-        pthread_cond_wait(&output->drained, &output->lock);
+        await_writer(output);
     for (size_t done = 0; done < length_bytes && !output->failed;) {
         size_t part = RING_BYTES - output->head;
         part = part < length_bytes - done ? part : length_bytes - done;
@@ -133,7 +152,10 @@ void monitor_output_add(struct monitor_output *output, const char *line, size_t 
 
 bool monitor_output_failed(struct monitor_output *output)
 {
+    struct pollfd reader = {.fd = STDOUT_FILENO};
+    bool gone = poll(&reader, 1, 0) > 0 && (reader.revents & (POLLERR | POLLHUP));
     pthread_mutex_lock(&output->lock);
+    output->failed |= gone;
     bool failed = output->failed;
     pthread_mutex_unlock(&output->lock);
     return failed;
@@ -144,7 +166,12 @@ bool monitor_output_finish(struct monitor_output *output)
     pthread_mutex_lock(&output->lock);
     output->closing = true;
     pthread_cond_signal(&output->filled);
+    while (!output->ended && !output->failed)
+        await_writer(output);
+    bool stuck = !output->ended;
     pthread_mutex_unlock(&output->lock);
+    if (stuck) /* in write(2) */
+        pthread_cancel(output->thread);
     pthread_join(output->thread, NULL);
     free(output->ring);
     return !output->failed;

@@ -409,6 +409,42 @@ def monitor_slow_reader(sandbox):
 
 
 @e2e()
+def monitor_stuck_reader(sandbox):
+    """Nobody reads what is printed, ever: told to end, it lets go of the process and says that lines are lost."""
+    victim = Victim(sandbox)
+    victim.map(AREA, 4 * PAGE)
+    there, back = os.pipe()
+    for rounds, number in ((12000, signal.SIGINT), (200, signal.SIGTERM)):  # more and less than has room
+        process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid), "--json"], stdout=back,
+                                   stderr=subprocess.PIPE, text=True)
+        sandbox.processes.append(process)
+        need("watching" in process.stderr.readline(), "it attaches")
+        victim.tell(0, "spin", rounds, AREA, 4 * PAGE, AREA + GIB)
+        time.sleep(2)
+        process.send_signal(number)
+        need(process.wait(4) == 1, "lines are lost, and that is no success")
+        need("cannot write to the standard output" in process.stderr.read(), "it says so")
+        need(victim.answer(0) == 0, "what the victim was doing failed")
+    os.close(back)
+    os.close(there)
+
+
+@e2e()
+def monitor_reader_leaves(sandbox):
+    """The reader goes while nothing happens: so does the monitor, without waiting for a next event."""
+    victim = Victim(sandbox)
+    there, back = os.pipe()
+    process = subprocess.Popen([program("memferry"), "monitor", str(victim.pid)], stdout=back,
+                               stderr=subprocess.DEVNULL)
+    sandbox.processes.append(process)
+    os.close(back)
+    os.read(there, 1)
+    os.close(there)
+    need(process.wait(4) == 1, "it ends")
+    need(not any(" uw" in line for line in layout(victim.pid)[0]), "a registration is left behind")
+
+
+@e2e()
 def monitor_new_mappings(sandbox):
     """What is mapped later is taken up, also where something else was before."""
     victim = Victim(sandbox)
