@@ -147,6 +147,7 @@ bool mf_blocked_relevant(long number)
     case SYS_madvise:
     case SYS_process_madvise:
     case SYS_io_uring_enter:
+    case SYS_io_uring_setup:
 #ifdef SYS_fork
     case SYS_fork:
 #endif
@@ -256,10 +257,27 @@ static enum verdict removes(const struct mf_blocked *call, struct span gone, enu
         return inside(gone, from, args[1]) ? advises(args[2], reason) : NOT_THIS;
     case SYS_process_madvise: /* its ranges are in memory; the advice is not */
         return advises(args[3], reason);
-    case SYS_io_uring_enter: /* what a worker of io_uring shows, whatever it does */
+    /* What a worker of io_uring shows, whatever it does: the call in which it was made, or, where a
+     * kernel thread submits, in which that one was. */
+    case SYS_io_uring_enter:
+    case SYS_io_uring_setup:
         return PERHAPS;
     }
     return NOT_THIS;
+}
+
+bool mf_blocked_frees(const struct mf_blocked *call)
+{
+    switch (call->number) {
+    case SYS_madvise:
+        return call->args[2] == MADV_REMOVE;
+    case SYS_process_madvise:
+        return call->args[3] == MADV_REMOVE;
+    case SYS_io_uring_enter:
+    case SYS_io_uring_setup:
+        return true;
+    }
+    return !mf_blocked_relevant(call->number);
 }
 
 static enum verdict forks(const struct mf_blocked *call, enum mf_reason *reason)

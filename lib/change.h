@@ -77,6 +77,10 @@ struct mf_blocked {
 /** mf_blocked_relevant() - can call @number lead to an event at all, as far as is known here? */
 bool mf_blocked_relevant(long number);
 
+/** mf_blocked_frees() - can what this thread waits for free a file's pages, as far as can be seen?
+ */
+bool mf_blocked_frees(const struct mf_blocked *call);
+
 /**
  * mf_change_from_event() - what a message tells, and who among the observed threads did it.
  * @message: read from a userfaultfd; not a page fault.

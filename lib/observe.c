@@ -215,12 +215,26 @@ struct dirent64_head {
  * @any:    as read_call().
  * @woken:  how many are about to wait again, or to go on.
  * @last_waiter, @last: the last one that waits, and the last of all; 0: none.
+ * @others_free: of those for whom there was no room one may free a file's pages.
  */
 struct pass {
-    bool any;
+    bool any, others_free;
     size_t woken;
     pid_t last_waiter, last;
 };
+
+/** make_room() - for a waiter that may free a file's pages, in the place of one that does not.
+ * @from: where to look for one; all before it free. Return: true if there was one. */
+static bool make_room(struct mf_blocked *blocked, size_t max, size_t *from,
+                      const struct mf_blocked *waiter)
+{
+    while (*from < max && mf_blocked_frees(&blocked[*from]))
+        ++*from;
+    if (*from == max)
+        return false;
+    blocked[(*from)++] = *waiter;
+    return true;
+}
 
 /** look() - at all threads, or, given a @before, at those of which it could not be sure: who was
  * looked at after its last waiter was seen, and did not wait, has queued later than any of its
@@ -233,11 +247,12 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
 {
     pass->woken = 0;
     pass->last_waiter = pass->last = 0;
+    pass->others_free = false;
     cleanup_close int task = openat(of->proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (task < 0)
         return errno == ENOENT ? -ESRCH : -errno;
     _Alignas(8) char entries[4096];
-    size_t count = 0;
+    size_t count = 0, replaceable = 0;
     bool skipping = false;
     struct mf_blocked one;
     for (long length; (length = syscall(SYS_getdents64, task, entries, sizeof(entries))) != 0;) {
@@ -267,6 +282,8 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
             pass->last_waiter = tid;
             if (count < max)
                 blocked[count] = one;
+            else if (mf_blocked_frees(&one) && !make_room(blocked, max, &replaceable, &one))
+                pass->others_free = true;
             count++;
         }
     }
@@ -335,6 +352,7 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
     if (second < 0)
         return (int)second;
     out->complete = (size_t)first <= max && (size_t)second <= max;
+    out->others_free = again.others_free;
     out->count = (size_t)second < max ? (size_t)second : max;
     /* Only a wait that both have seen: another was perhaps for a lock. */
     for (size_t i = 0; i < out->count; i++) {
@@ -355,6 +373,9 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
 static int has_gone_on(int proc_fd, const struct mf_blocked *before)
 {
     struct mf_blocked now;
+    cleanup_close int own_fd = proc_fd < 0 ? mf_observe_open(before->tid, NULL) : -1;
+    if (proc_fd < 0)
+        proc_fd = own_fd;
     const struct subject of = {.proc_fd = proc_fd};
     int rc = look_at(&of, before->tid, true, &now);
     if (rc < 0 || rc == SEEN_ELSEWHERE)

@@ -38,10 +38,12 @@ int mf_observe_open(pid_t pid, struct mf_error *err);
  * @readable: so many messages may be read now, and each is from one of them. At most @count.
  * @complete: false: there were more waiters than the array can hold; messages may be from others
  *            too.
+ * @others_free: one of those others may free a file's pages (mf_blocked_frees()). Whoever does has
+ *            his place in the array before those who do not.
  */
 struct mf_observation {
     size_t count, readable;
-    bool complete;
+    bool complete, others_free;
 };
 
 /**
@@ -80,6 +82,7 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
  * as a rule, 200 ms at most. Return: false where it can't be told (whoever went on waits in an
  * equal call again): then `tid` stays 0, `reason` is what all of them agree in, and no further
  * message may be read before mf_observe() was called again.
+ * @proc_fd: as above; -1: they are of several processes.
  */
 bool mf_observe_settle(int proc_fd, struct mf_blocked *blocked, size_t count,
                        struct mf_change *change);

@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,9 +26,12 @@
 #include "lib/util.h"
 #include "lib/vma.h"
 
-/* Reading an event wakes all whose events wait to be read; they sleep again at once, but one that
- * is awake just then is overlooked. So if one was read a moment ago, two looks are taken. */
+/* Reading an event wakes all whose events wait to be read; they sleep again as soon as they get to
+ * a processor, but who is awake just then is overlooked. So if one was read a moment ago, it is
+ * looked until nobody new is seen. */
 #define SOON_NS 2000000u
+#define SOON_EACH_NS 20000u /**< so much longer for each who waited */
+#define SOON_LOOKS 8u
 #define CHILD_TRIES 60u /**< 50 µs each */
 
 enum question { INTRODUCE = 1, OBSERVE, SETTLE, MAPS, CHILD, SENDER };
@@ -38,16 +42,41 @@ struct talk {
     uint32_t number; /**< of the question */
     int32_t result;  /**< answer: 0 or more, or -errno */
     int32_t pid;
-    uint32_t count;
+    uint32_t count; /**< of files or blocked, the only ones that are sent */
+    bool complete, others_free;
     uint64_t addr;
+    struct mf_change change;
     union {
         uint64_t files[MF_REGIONS_MAX][2];
-        struct {
-            struct mf_change change;
-            struct mf_blocked blocked[COMPANION_BLOCKED_MAX];
-        };
+        struct mf_blocked blocked[MF_OBSERVE_MAX];
     };
 };
+
+static size_t bytes_of(const struct talk *talk)
+{
+    return offsetof(struct talk, files) +
+           talk->count *
+               (talk->question == INTRODUCE ? sizeof(talk->files[0]) : sizeof(talk->blocked[0]));
+}
+
+static bool send_talk(int sock, const struct talk *talk)
+{
+    const size_t bytes = bytes_of(talk);
+    return send(sock, talk, bytes, MSG_NOSIGNAL) == (ssize_t)bytes;
+}
+
+/* Return: 1, 0 at the end, or -errno. */
+static int receive_talk(int sock, struct talk *talk, int flags)
+{
+    const ssize_t n = recv(sock, talk, sizeof(*talk), flags);
+    if (n <= 0)
+        return n < 0 ? -errno : 0;
+    const bool whole =
+        (size_t)n >= offsetof(struct talk, files) &&
+        talk->count <= (talk->question == INTRODUCE ? MF_REGIONS_MAX : MF_OBSERVE_MAX) &&
+        (size_t)n == bytes_of(talk);
+    return whole ? 1 : -EPROTO;
+}
 
 /* ---- the companion's side ---- */
 
@@ -224,21 +253,26 @@ static uint64_t started(pid_t pid)
 }
 
 /* A child that nobody knows yet: whoever waits in a process younger than the target. */
-static int observe_the_young(struct mf_blocked *blocked, uint32_t *count)
+static int observe_the_young(struct talk *talk)
 {
     const uint64_t since = started(known.target);
     cleanup_closedir DIR *proc = opendir("/proc");
     int readable = 0;
-    *count = 0;
+    talk->complete = true;
+    talk->others_free = false;
+    talk->count = 0;
     for (struct dirent *entry; proc && (entry = readdir(proc));) {
         struct mf_observation seen;
         const pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
         if (pid <= 0 || pid == known.target || is_told(pid) || started(pid) < since)
             continue;
         cleanup_close int fd = open_process(pid);
-        if (fd < 0 || mf_observe(fd, blocked + *count, COMPANION_BLOCKED_MAX - *count, &seen) < 0)
+        if (fd < 0 ||
+            mf_observe(fd, talk->blocked + talk->count, MF_OBSERVE_MAX - talk->count, &seen) < 0)
             continue;
-        *count += (uint32_t)seen.count;
+        talk->count += (uint32_t)seen.count;
+        talk->complete &= seen.complete;
+        talk->others_free |= seen.others_free;
         readable += (int)seen.readable;
     }
     return readable;
@@ -251,7 +285,7 @@ static void answer(struct talk *talk)
     switch ((enum question)talk->question) {
     case INTRODUCE:
         talk->result = known.target ? -EALREADY : 0;
-        if (known.target || talk->count > MF_REGIONS_MAX)
+        if (known.target)
             break;
         known.target = talk->pid;
         known.file_count = talk->count;
@@ -260,20 +294,22 @@ static void answer(struct talk *talk)
         break;
     case OBSERVE: {
         if (pid == -1) {
-            talk->result = observe_the_young(talk->blocked, &talk->count);
+            talk->result = observe_the_young(talk);
             break;
         }
         cleanup_close int fd = open_process(pid);
-        talk->result = fd < 0 ? fd : mf_observe(fd, talk->blocked, COMPANION_BLOCKED_MAX, &seen);
+        talk->result = fd < 0 ? fd : mf_observe(fd, talk->blocked, MF_OBSERVE_MAX, &seen);
         talk->count = (uint32_t)seen.count;
+        talk->complete = seen.complete;
+        talk->others_free = seen.others_free;
         if (talk->result == 0)
-            talk->result = seen.complete ? (int32_t)seen.readable : 0;
+            talk->result = (int32_t)seen.readable;
         break;
     }
     case SETTLE: {
-        cleanup_close int fd = open_process(pid);
-        talk->result = fd < 0 ? fd : -E2BIG;
-        if (fd >= 0 && talk->count <= COMPANION_BLOCKED_MAX)
+        cleanup_close int fd = pid == -1 ? -1 : open_process(pid);
+        talk->result = fd;
+        if (fd >= 0 || pid == -1)
             talk->result = mf_observe_settle(fd, talk->blocked, talk->count, &talk->change);
         break;
     }
@@ -349,10 +385,10 @@ _Noreturn static void be_companion(int sock, int ipc_fd, uid_t uid, gid_t gid)
             _exit(EXIT_FAILURE);
         if (wait[1].revents & (POLLHUP | POLLERR | POLLNVAL))
             keep_on();
-        if (!wait[0].revents || recv(sock, &talk, sizeof(talk), MSG_DONTWAIT) != sizeof(talk))
+        if (!wait[0].revents || receive_talk(sock, &talk, MSG_DONTWAIT) <= 0)
             continue;
         answer(&talk);
-        send(sock, &talk, sizeof(talk), MSG_NOSIGNAL);
+        send_talk(sock, &talk);
     }
 }
 
@@ -387,17 +423,17 @@ int companion_start(struct companion *companion, int ipc_fd, uid_t uid, gid_t gi
 
 static int ask(struct companion *companion, struct talk *talk)
 {
-    ssize_t n;
+    int r;
     if (companion->sock < 0)
         return -ENOTCONN;
     const uint32_t number = talk->number = ++companion->asked;
-    if (send(companion->sock, talk, sizeof(*talk), MSG_NOSIGNAL) != sizeof(*talk))
+    if (!send_talk(companion->sock, talk))
         return -errno;
     do
-        n = recv(companion->sock, talk, sizeof(*talk), 0);
-    while ((n < 0 && errno == EINTR) || (n == sizeof(*talk) && talk->number != number));
-    if (n != sizeof(*talk))
-        return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? -ETIMEDOUT : -EPROTO;
+        r = receive_talk(companion->sock, talk, 0);
+    while (r == -EINTR || (r > 0 && talk->number != number));
+    if (r <= 0)
+        return r == -EAGAIN ? -ETIMEDOUT : -EPROTO;
     return talk->result;
 }
 
@@ -418,14 +454,21 @@ static int observe_more(struct companion *companion, pid_t pid)
 {
     struct talk talk = {.question = OBSERVE, .pid = pid};
     int r = ask(companion, &talk);
-    for (uint32_t i = 0; r >= 0 && i < talk.count && i < COMPANION_BLOCKED_MAX; i++) {
+    if (r < 0)
+        return r;
+    companion->complete &= talk.complete;
+    companion->others_free |= talk.others_free;
+    for (uint32_t i = 0; i < talk.count; i++) {
         size_t at = 0;
         while (at < companion->blocked_count && companion->blocked[at].tid != talk.blocked[i].tid)
             at++;
-        if (at < COMPANION_BLOCKED_MAX)
-            companion->blocked[at] = talk.blocked[i];
-        if (at == companion->blocked_count && at < COMPANION_BLOCKED_MAX)
-            companion->blocked_count++;
+        if (at == MF_OBSERVE_MAX) {
+            companion->complete = false;
+            companion->others_free |= mf_blocked_frees(&talk.blocked[i]);
+            continue;
+        }
+        companion->blocked[at] = talk.blocked[i];
+        companion->blocked_count += at == companion->blocked_count;
     }
     return r;
 }
@@ -443,18 +486,24 @@ static void carry_over(const struct mf_blocked *before, size_t before_count,
 
 int companion_observe(struct companion *companion, pid_t pid)
 {
-    struct mf_blocked before[COMPANION_BLOCKED_MAX];
+    struct mf_blocked before[MF_OBSERVE_MAX];
     const size_t before_count = companion->blocked_count;
     memcpy(before, companion->blocked, before_count * sizeof(before[0]));
-    const bool soon = mf_now_ns() - companion->observed_ns < SOON_NS;
+    const bool soon =
+        mf_now_ns() - companion->read_ns < SOON_NS + before_count * (uint64_t)SOON_EACH_NS;
     companion->blocked_count = 0;
+    companion->complete = true;
+    companion->others_free = false;
     int r = observe_more(companion, pid);
-    if (soon && r > 0) {
+    for (unsigned i = 0; soon && r > 0 && i < SOON_LOOKS; i++) {
+        const size_t seen = companion->blocked_count;
         nanosleep(&(struct timespec){.tv_nsec = 30000}, NULL);
         r = observe_more(companion, pid);
+        if (companion->blocked_count == seen)
+            break;
     }
     carry_over(before, before_count, companion->blocked, companion->blocked_count);
-    companion->observed_ns = mf_now_ns();
+    companion->read_ns = mf_now_ns();
     return r;
 }
 
@@ -496,15 +545,37 @@ int companion_child(struct companion *companion, pid_t tid, pid_t *pid)
     return r;
 }
 
+/* Is anybody who may have sent the last event about to free a file's pages? */
+static bool is_freed(const struct companion *companion)
+{
+    for (size_t i = 0; i < companion->blocked_count; i++)
+        if (companion->blocked[i].candidate && mf_blocked_frees(&companion->blocked[i]))
+            return true;
+    return false;
+}
+
 bool companion_reason(struct companion *companion, pid_t pid, const struct uffd_msg *message,
-                      struct mf_change *change)
+                      bool who, struct mf_change *change)
 {
     const size_t candidates =
         mf_change_from_event(message, companion->blocked, companion->blocked_count, change);
+    bool told = true;
+    companion->read_ns = mf_now_ns();
     if (candidates == 0)
         change->reason = MF_REASON_UNKNOWN;
-    if (candidates < 2 ||
-        (change->reason != MF_REASON_UNKNOWN && message->event == UFFD_EVENT_REMOVE))
-        return true;
-    return companion_settle(companion, pid, change) > 0;
+    if (!companion->complete) {
+        /* Of some who wait it is known at best that they free nothing. So the event may not be the
+         * one's whom it fits, who stays in the list. */
+        for (size_t i = 0; i < companion->blocked_count; i++)
+            companion->blocked[i].taken = false;
+        change->tid = 0;
+        if (message->event == UFFD_EVENT_REMOVE)
+            change->reason = companion->others_free ? MF_REASON_UNKNOWN : MF_REASON_DONTNEED;
+    } else if (candidates > 1 && change->reason != MF_REASON_DONTNEED &&
+               (who || change->reason == MF_REASON_UNKNOWN)) {
+        told = companion_settle(companion, pid, change) > 0;
+    }
+    if (message->event == UFFD_EVENT_REMOVE && !change->tid && is_freed(companion))
+        change->reason = MF_REASON_REMOVE;
+    return told;
 }

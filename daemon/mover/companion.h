@@ -25,6 +25,7 @@
 #pragma once
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -32,18 +33,17 @@
 #include "lib/observe.h"
 #include "lib/target.h"
 
-#define COMPANION_BLOCKED_MAX 64u
-
 /** struct companion - the mover's side. */
 struct companion {
     int sock; /**< -1: there is none */
     pid_t pid;
     uint32_t asked;             /**< questions so far: an answer may come too late for its own */
     _Atomic uint32_t *children; /**< shared with it: how many contexts came by forks */
-    uint64_t observed_ns;       /**< when the last observation ended */
+    uint64_t read_ns;           /**< when an event was read last, or may have been */
     /* What it saw. */
-    struct mf_blocked blocked[COMPANION_BLOCKED_MAX];
+    struct mf_blocked blocked[MF_OBSERVE_MAX];
     size_t blocked_count;
+    bool complete, others_free; /**< as in struct mf_observation */
 };
 
 /**
@@ -85,8 +85,13 @@ int companion_sender(struct companion *companion, pid_t tid, uint64_t addr, pid_
  * After the event was read; waits some milliseconds for it to appear. */
 int companion_child(struct companion *companion, pid_t tid, pid_t *pid);
 
-/** companion_reason() - why an event came about, from what companion_observe() saw before it was
- * read. @pid: as there. Fills `tid` and `reason`; unknown if that can't be told. Return: false: ask
- * companion_observe() again before another is read. */
+/**
+ * companion_reason() - why an event came about, from what companion_observe() saw before it was
+ * read. @pid: as there. @who: it matters who did it, not only why.
+ * Fills `tid` and `reason`; unknown if that can't be told. Where more wait than can be kept apart
+ * nobody is named. If it may be one who frees the range or one who does not, it counts as freed:
+ * for it will be in a moment, whoever this was. Return: false: ask companion_observe() again before
+ * another is read.
+ */
 bool companion_reason(struct companion *companion, pid_t pid, const struct uffd_msg *message,
-                      struct mf_change *change);
+                      bool who, struct mf_change *change);

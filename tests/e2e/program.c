@@ -9,13 +9,15 @@
  * reads it. With --shared-model it lies in a region of its own, and there is nothing to save.
  *
  * usage: program serve SOCKET [--wait] [--shared-model] [--regions N] [--mib N] [--threads N]
- *                [--hugetlb | --private [--thp]] [--ops LETTERS] [--seed N]
+ *                [--hugetlb | --private [--thp]] [--ops LETTERS] [--droppers N] [--seed N]
  *        program ask SOCKET VERB        pause, resume, save (to stdout), load (from stdin), verify,
  *                                       status; serve (faults of its own), scatter (its mappings),
  *                                       orphan (a process with the same memory), exec;
  *                                       prints the answer; exit 0 if it is OK
  * --wait: do nothing before `resume`.
  * --thp: asks for huge pages (MADV_HUGEPAGE).
+ * --droppers: so many threads more, which MADV_DONTNEED what the others have mapped, all at once;
+ *   to files this changes nothing. Not with LETTERS that move or unmap.
  * --private: the regions are private anonymous memory, at PRIVATE_ADDR; what is a change to a file
  *   there is one to the process's own pages here, a move leaves zeros behind, and children have
  *   copies. It moves nothing before it has been loaded: at the source, a page is its address.
@@ -63,7 +65,7 @@ struct state_header {
     uint64_t magic, pages, beats, checksum;
 };
 
-static unsigned regions = 2, threads = 3;
+static unsigned regions = 2, threads = 3, droppers;
 static uint64_t region_bytes = UINT64_C(16) << 20, page_bytes = 4096;
 static bool hugetlb, private_memory, huge, shared_model, waiting;
 static const char *ops = "wwwwvvvvdnmupf";
@@ -90,6 +92,7 @@ struct worker {
 };
 
 static struct worker worker[THREADS_MAX];
+static pthread_barrier_t drop_together;
 
 __attribute__((format(printf, 1, 2), noreturn)) static void die(const char *fmt, ...)
 {
@@ -558,6 +561,24 @@ static void *work(void *arg)
     return NULL;
 }
 
+/* They meet before each time, so that all wait at once for somebody to read what they have done. */
+static void *drop(void *arg)
+{
+    struct worker self = {.random = mix((uintptr_t)arg)};
+    for (;;) {
+        const struct worker *w = &worker[draw(&self, threads)];
+        const uint64_t in_chunk = draw(&self, chunk_pages());
+        const uint8_t *at = w->chunk[draw(&self, regions)][draw(&self, CHUNKS)];
+        pthread_barrier_wait(&drop_together);
+        if (!parked_wanted &&
+            madvise((void *)(uintptr_t)(at + in_chunk * page_bytes),
+                    (1 + draw(&self, chunk_pages() - in_chunk)) * page_bytes, MADV_DONTNEED) != 0)
+            die("MADV_DONTNEED");
+        usleep(100000);
+    }
+    return NULL;
+}
+
 /* ---- the control socket ---- */
 
 static uint64_t checksum(const struct model *pages, uint64_t count)
@@ -790,6 +811,12 @@ static int serve(const char *path)
     for (unsigned i = 0; i < threads; i++)
         if (pthread_create(&worker[i].thread, NULL, work, &worker[i]) != 0)
             die("pthread_create");
+    pthread_t dropper;
+    if (droppers && pthread_barrier_init(&drop_together, NULL, droppers) != 0)
+        die("pthread_barrier_init");
+    for (unsigned i = 0; i < droppers; i++)
+        if (pthread_create(&dropper, NULL, drop, (void *)(uintptr_t)(i + 1)) != 0)
+            die("pthread_create");
     struct sockaddr_un address = address_of(path);
     int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof(address)) != 0 ||
@@ -899,6 +926,8 @@ int main(int argc, char **argv)
             region_bytes = strtoull(value, NULL, 10) << 20;
         else if (strcmp(argv[i], "--threads") == 0)
             threads = (unsigned)strtoul(value, NULL, 10);
+        else if (strcmp(argv[i], "--droppers") == 0)
+            droppers = (unsigned)strtoul(value, NULL, 10);
         else if (strcmp(argv[i], "--ops") == 0)
             ops = value;
         else if (strcmp(argv[i], "--seed") == 0)

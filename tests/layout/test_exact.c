@@ -146,7 +146,7 @@ static enum mf_removed removed(void *arg, uint32_t context, uint64_t start, uint
                                      .arg.remove = {.start = start, .end = end}};
     struct mf_change change;
     (void)arg;
-    if (!companion_reason(&companion, process_of(context), &message, &change))
+    if (!companion_reason(&companion, process_of(context), &message, false, &change))
         events.observed = 0;
     if (change.reason == MF_REASON_UNKNOWN) {
         atomic_fetch_add(&unknown, 1);
@@ -178,7 +178,7 @@ static void forked(void *arg, uint32_t parent, uint32_t context)
     struct mf_change change;
     (void)arg;
     watch(context);
-    if (!companion_reason(&companion, process_of(parent), &message, &change))
+    if (!companion_reason(&companion, process_of(parent), &message, true, &change))
         events.observed = 0;
     const int maps_fd = change.tid ? companion_child(&companion, change.tid, &child->pid) : -1;
     child->maps_fd = maps_fd < 0 ? -1 : maps_fd;

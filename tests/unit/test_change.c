@@ -353,6 +353,23 @@ static void every_word_is_there_once(void **state)
         assert_string_equal(mf_reason_name((enum mf_reason)i), reasons[i]);
 }
 
+static void who_may_free_is_told_from_who_does_not(void **state)
+{
+    (void)state;
+    assert_true(mf_blocked_frees(CALL(SYS_madvise, A, PAGE, MADV_REMOVE)));
+    assert_false(mf_blocked_frees(CALL(SYS_madvise, A, PAGE, MADV_DONTNEED)));
+    assert_true(mf_blocked_frees(CALL(PROCESS_MADVISE, 3, A, 1, MADV_REMOVE)));
+    assert_false(mf_blocked_frees(CALL(PROCESS_MADVISE, 3, A, 1, MADV_DONTNEED)));
+    assert_false(mf_blocked_frees(CALL(SYS_munmap, A, PAGE)));
+    assert_false(mf_blocked_frees(CALL(SYS_mremap, A, PAGE, PAGE, MREMAP_MAYMOVE)));
+    assert_false(mf_blocked_frees(CALL(CLONE3, A, 88)));
+    /* Workers show the call in which they were made; of other calls nothing is known. */
+    assert_true(mf_blocked_frees(CALL(SYS_io_uring_enter, 3)));
+    assert_true(mf_blocked_frees(CALL(SYS_io_uring_setup, 3)));
+    assert_true(mf_blocked_frees(CALL(SYS_ioctl, 3)));
+    assert_reason(CALL(SYS_io_uring_setup, 3), removed(A, PAGE), MF_REASON_UNKNOWN);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -367,6 +384,7 @@ int main(void)
         cmocka_unit_test(equal_calls_agree_in_the_reason),
         cmocka_unit_test(calls_that_differ_are_not_guessed_at),
         cmocka_unit_test(every_word_is_there_once),
+        cmocka_unit_test(who_may_free_is_told_from_who_does_not),
     };
     return cmocka_run_group_tests_name("change", tests, NULL, NULL);
 }

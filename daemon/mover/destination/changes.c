@@ -44,7 +44,7 @@ void changes_forked(struct mover *mover, struct mf_events *events, uint32_t pare
     atomic_fetch_add(mover->companion.children, 1);
     if (mover->dontneed_discards)
         return; /* nobody was observed; its first fault will tell */
-    if (!companion_reason(&mover->companion, process_of(mover, parent), &message, &change))
+    if (!companion_reason(&mover->companion, process_of(mover, parent), &message, true, &change))
         events->observed = 0;
     pid_t pid = 0;
     const int maps_fd = change.tid ? companion_child(&mover->companion, change.tid, &pid) : -1;
@@ -88,7 +88,8 @@ enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, u
     const struct uffd_msg message = {.event = UFFD_EVENT_REMOVE,
                                      .arg.remove = {.start = start_addr, .end = end_addr}};
     struct mf_change change;
-    if (!companion_reason(&mover->companion, process_of(mover, context), &message, &change))
+    const bool who = mf_context_at(&mover->contexts, context)->maps_fd < 0;
+    if (!companion_reason(&mover->companion, process_of(mover, context), &message, who, &change))
         events->observed = 0;
     if (change.reason == MF_REASON_DONTNEED)
         return MF_REMOVED_NOTHING;
