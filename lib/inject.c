@@ -35,6 +35,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#include "lib/proc_stat.h"
 #include "lib/target.h"
 #include "lib/tracee.h"
 #include "lib/uapi.h"
@@ -86,14 +87,10 @@ static enum rank thread_rank(pid_t pid, pid_t tid)
 {
     char path[64], line[512];
 
-    snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
-    if (!read_line(path, line, sizeof(line)))
+    struct mf_proc_stat stat;
+    if (mf_proc_stat(pid, tid, &stat) < 0 || stat.state == 'Z' || stat.state == 'X')
         return RANK_NEVER;
-    const char *after_name = strrchr(line, ')'); /* the name may itself hold anything */
-    char state = after_name && after_name[1] == ' ' ? after_name[2] : 'X';
-    if (state == 'Z' || state == 'X' || state == 'x')
-        return RANK_NEVER;
-    if (state == 'D')
+    if (stat.state == 'D')
         return RANK_STUCK;
 
     /* proc_pid_syscall(5): "running", or the call's number (-1: blocked, but not in a call),

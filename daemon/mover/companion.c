@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "daemon/mover/mover.h"
+#include "lib/proc_stat.h"
 #include "lib/uapi.h"
 #include "lib/util.h"
 #include "lib/vma.h"
@@ -236,20 +237,8 @@ static int find_child(pid_t tid, int32_t *pid)
 /* Time of a process's start in clock ticks, proc_pid_stat(5); 0: it is gone. */
 static uint64_t started(pid_t pid)
 {
-    char path[32], line[1024];
-    unsigned long long start = 0;
-    snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
-    cleanup_fclose FILE *f = fopen(path, "re");
-    if (!f || !fgets(line, sizeof(line), f))
-        return 0;
-    /* "pid (comm) state …": the name may hold anything, so from its last parenthesis on. */
-    const char *after = strrchr(line, ')');
-    if (after)
-        sscanf(after + 1,
-               " %*c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s "
-               "%*s %*s %llu",
-               &start);
-    return start;
+    struct mf_proc_stat stat;
+    return mf_proc_stat(pid, 0, &stat) == 0 ? stat.start_ticks : 0;
 }
 
 /* A child that nobody knows yet: whoever waits in a process younger than the target. */
