@@ -602,13 +602,24 @@ void mf_events_give_up_parked(struct mf_events *events)
     events->parked_count = 0;
 }
 
-static unsigned keep_others(struct mf_fault *faults, unsigned count, uint32_t context)
+static unsigned keep_others(struct mf_fault *faults, unsigned count, uint32_t context,
+                            uint64_t start_addr, uint64_t end_addr)
 {
     unsigned kept = 0;
     for (unsigned i = 0; i < count; i++)
-        if (faults[i].context != context)
+        if (faults[i].context != context || faults[i].addr < start_addr ||
+            faults[i].addr >= end_addr)
             faults[kept++] = faults[i];
     return kept;
+}
+
+void mf_events_forget_faults(struct mf_events *events, uint32_t context, uint64_t start_addr,
+                             uint64_t end_addr)
+{
+    events->fault_count =
+        keep_others(events->fault, events->fault_count, context, start_addr, end_addr);
+    events->parked_count =
+        keep_others(events->parked, events->parked_count, context, start_addr, end_addr);
 }
 
 void mf_events_drop(struct mf_events *events, uint32_t context)
@@ -618,6 +629,5 @@ void mf_events_drop(struct mf_events *events, uint32_t context)
     mf_limbo_forget(&events->limbo, events->layout, context);
     mf_contexts_drop(events->contexts, context);
     mf_gate_open(events->gate);
-    events->fault_count = keep_others(events->fault, events->fault_count, context);
-    events->parked_count = keep_others(events->parked, events->parked_count, context);
+    mf_events_forget_faults(events, context, 0, UINT64_MAX);
 }

@@ -164,6 +164,11 @@ int mf_events_learn(struct mf_events *events, uint32_t context, uint64_t start_a
 /** mf_events_region() - which region @vma maps, if any. Return: its index or -1. */
 int mf_events_region(const struct mf_events *events, const struct mf_vma *vma);
 
+/** mf_events_forget_faults() - nobody waits in this range any more: it was unregistered. Faults
+ * that were read and not served would make it be watched again. */
+void mf_events_forget_faults(struct mf_events *events, uint32_t context, uint64_t start_addr,
+                             uint64_t end_addr);
+
 /** mf_events_drop() - a context is at its end: forget and close it, and everything about it. Not
  * while anything else waits on its userfaultfd. */
 void mf_events_drop(struct mf_events *events, uint32_t context);

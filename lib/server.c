@@ -11,6 +11,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/timerfd.h>
 #include <time.h>
 
 #include "lib/uffd.h"
@@ -18,8 +19,10 @@
 #include "lib/vma.h"
 
 #define PARKED_RETRY_NS UINT64_C(5000000)
-#define CHILDREN_NS UINT64_C(100000000) /**< how often it is looked which have ended */
+#define LOOK_NS UINT64_C(100000000)    /**< how often it is looked whose process has ended */
+#define LINGER_NS UINT64_C(2000000000) /**< what is on its way takes microseconds, as a rule */
 #define WAKE_TAG UINT32_MAX
+#define TIMER_TAG (UINT32_MAX - 1)
 
 /* ---- errors ---- */
 
@@ -51,16 +54,21 @@ int server_pass(const struct mf_error *err)
 
 /* ---- turns and jobs ---- */
 
-static bool take_turn(struct memferry_server *s)
+static void have_turn(struct memferry_server *s)
+{
+    atomic_store(&s->who, pthread_self());
+    atomic_store(&s->busy, true);
+}
+
+bool server_try_turn(struct memferry_server *s)
 {
     if (pthread_mutex_trylock(&s->turn) != 0)
         return false;
-    atomic_store(&s->who, pthread_self());
-    atomic_store(&s->busy, true);
+    have_turn(s);
     return true;
 }
 
-static void give_turn(struct memferry_server *s)
+void server_give_turn(struct memferry_server *s)
 {
     atomic_store(&s->busy, false);
     pthread_mutex_unlock(&s->turn);
@@ -101,7 +109,7 @@ int server_do(struct memferry_server *s, int (*run)(struct memferry_server *serv
 {
     if (server_serves_here(s)) {
         if (s->applying)
-            return server_fail(EDEADLK, "mappings can't be changed from on_change");
+            return server_fail(EDEADLK, "nothing can be changed while a change is being told");
         return run(s, arg);
     }
     struct server_job job = {.run = run, .arg = arg};
@@ -112,10 +120,10 @@ int server_do(struct memferry_server *s, int (*run)(struct memferry_server *serv
     atomic_store(&s->have_jobs, true);
     server_wake(s);
     while (!job.done) {
-        if (take_turn(s)) { /* nobody serves: all that waits is done here */
+        if (server_try_turn(s)) { /* nobody serves: all that waits is done here */
             pthread_mutex_unlock(&s->jobs_lock);
             do_jobs(s);
-            give_turn(s);
+            server_give_turn(s);
             pthread_mutex_lock(&s->jobs_lock);
             continue;
         }
@@ -142,10 +150,33 @@ static void wake_mapping(struct memferry_server *s, int uffd, const struct mf_ma
     mf_uffd_wake(uffd, mapping->start_addr, mapping->length_bytes);
 }
 
-static int until_ms(uint64_t at_ns, uint64_t now_ns, int timeout_ms)
+static uint64_t earlier(uint64_t a_ns, uint64_t b_ns) /* 0: never */
 {
-    uint64_t ms = at_ns > now_ns ? (at_ns - now_ns + 999999) / 1000000 : 0;
-    return timeout_ms >= 0 && (uint64_t)timeout_ms < ms ? timeout_ms : (int)ms;
+    return !b_ns || (a_ns && a_ns < b_ns) ? a_ns : b_ns;
+}
+
+static void set_alarm(uint64_t *alarm_ns, bool wanted, uint64_t after_ns)
+{
+    if (!wanted)
+        *alarm_ns = 0;
+    else if (*alarm_ns == 0)
+        *alarm_ns = mf_now_ns() + after_ns;
+}
+
+/* So that somebody who waits for the epoll set alone comes in time. */
+static void set_timer(struct memferry_server *s)
+{
+    set_alarm(&s->parked_at_ns, mf_events_parked(&s->events), PARKED_RETRY_NS);
+    set_alarm(&s->look_at_ns, s->contexts.used > s->own_contexts || s->held_contexts, LOOK_NS);
+    const uint64_t at_ns =
+        earlier(earlier(s->parked_at_ns, s->look_at_ns), atomic_load(&s->again_at_ns));
+    if (at_ns == s->timer_ns)
+        return;
+    s->timer_ns = at_ns;
+    timerfd_settime(s->timer_fd, TFD_TIMER_ABSTIME,
+                    &(struct itimerspec){.it_value = {.tv_sec = (time_t)(at_ns / 1000000000),
+                                                      .tv_nsec = (long)(at_ns % 1000000000)}},
+                    NULL);
 }
 
 static int take_up(struct memferry_server *s, uint32_t context)
@@ -197,22 +228,42 @@ static int spin(struct memferry_server *s, uint64_t faults_before)
     return 0;
 }
 
+/* What is to be done at its time, however much else there is. */
+static void look_at_clock(struct memferry_server *s)
+{
+    const uint64_t again_at_ns = atomic_load(&s->again_at_ns);
+    if (!s->parked_at_ns && !s->look_at_ns && !again_at_ns)
+        return;
+    const uint64_t now_ns = mf_now_ns();
+    if (again_at_ns && now_ns >= again_at_ns) {
+        uint64_t expected = again_at_ns;
+        atomic_compare_exchange_strong(&s->again_at_ns, &expected, 0);
+        server_each_mapping(s, wake_mapping);
+    }
+    if (s->look_at_ns && now_ns >= s->look_at_ns) {
+        s->look_at_ns = 0;
+        server_look_around(s);
+    }
+    if (s->parked_at_ns && now_ns >= s->parked_at_ns) {
+        s->parked_at_ns = 0;
+        mf_events_give_up_parked(&s->events);
+    }
+}
+
+static void clear(int fd)
+{
+    uint64_t times;
+    ssize_t n = read(fd, &times, sizeof(times));
+    (void)n;
+}
+
 /* With the turn. Return: 0 or -errno. */
 static int serve_once(struct memferry_server *s, int timeout_ms)
 {
     const uint64_t faults_before = atomic_load_explicit(&s->faults, memory_order_relaxed);
-    const uint64_t again_at_ns = atomic_load(&s->again_at_ns);
-    const bool parked = mf_events_parked(&s->events);
-    const bool children = s->contexts.used > s->own_contexts || s->short_of_fds;
-    if (parked || again_at_ns || children) {
-        const uint64_t now_ns = mf_now_ns();
-        if (children)
-            timeout_ms = until_ms(s->children_at_ns, now_ns, timeout_ms);
-        if (parked)
-            timeout_ms = until_ms(now_ns + PARKED_RETRY_NS, now_ns, timeout_ms);
-        if (again_at_ns)
-            timeout_ms = until_ms(again_at_ns, now_ns, timeout_ms);
-    }
+    if (s->events.fault_count > 0) /* read by one who filled, or who gave himself a job */
+        mf_events_serve(&s->events, true);
+    set_timer(s);
     struct epoll_event ready[8];
     int n = epoll_wait(s->epoll_fd, ready, sizeof(ready) / sizeof(ready[0]), timeout_ms);
     if (n < 0 && errno != EINTR)
@@ -220,39 +271,35 @@ static int serve_once(struct memferry_server *s, int timeout_ms)
     int r = 0;
     for (int i = 0; i < n && r >= 0; i++) {
         if (ready[i].data.u32 == WAKE_TAG) {
-            uint64_t woken;
-            ssize_t got = read(s->wake_fd, &woken, sizeof(woken));
-            (void)got;
+            clear(s->wake_fd);
             do_jobs(s);
+        } else if (ready[i].data.u32 == TIMER_TAG) {
+            clear(s->timer_fd);
+            s->timer_ns = 0;
         } else {
             r = take_up_ready(s, ready[i].data.u32);
         }
     }
-    if (again_at_ns && mf_now_ns() >= again_at_ns) {
-        uint64_t expected = again_at_ns;
-        atomic_compare_exchange_strong(&s->again_at_ns, &expected, 0);
-        server_each_mapping(s, wake_mapping);
-    }
-    if (children && mf_now_ns() >= s->children_at_ns) {
-        server_look_for_gone_children(s);
-        s->children_at_ns = mf_now_ns() + CHILDREN_NS;
-    }
-    if (r >= 0 && n == 0 && parked)
-        mf_events_give_up_parked(&s->events);
     if (r >= 0 && s->options.spin_us)
         r = spin(s, faults_before);
+    if (r >= 0)
+        look_at_clock(s);
+    set_timer(s);
     return r < 0 ? r : s->ended;
 }
 
 int memferry_server_run(struct memferry_server *s, int timeout_ms)
 {
-    if (server_serves_here(s) || !take_turn(s))
+    if (server_serves_here(s) || atomic_exchange(&s->serving, true))
         return server_fail(EALREADY, "another thread serves, or this one in a callback");
+    pthread_mutex_lock(&s->turn); /* a job, or a filler that reads an event: not for long */
+    have_turn(s);
     const uint64_t before = atomic_load_explicit(&s->faults, memory_order_relaxed);
     do_jobs(s);
     int r = serve_once(s, timeout_ms);
     const uint64_t faults = atomic_load_explicit(&s->faults, memory_order_relaxed) - before;
-    give_turn(s);
+    server_give_turn(s);
+    atomic_store(&s->serving, false);
     return r < 0 ? r : faults > INT32_MAX ? INT32_MAX : (int)faults;
 }
 
@@ -266,14 +313,14 @@ static void *serve_main(void *argument)
     struct memferry_server *s = argument;
     prctl(PR_SET_NAME, "memferry-faults");
     pthread_mutex_lock(&s->turn);
-    atomic_store(&s->who, pthread_self());
-    atomic_store(&s->busy, true);
+    have_turn(s);
     int r = 0;
     while (r >= 0 && !atomic_load_explicit(&s->stop, memory_order_relaxed))
         r = serve_once(s, -1);
     s->ended = r < 0 ? r : 0;
     do_jobs(s);
-    give_turn(s);
+    server_give_turn(s);
+    atomic_store(&s->serving, false);
     return NULL;
 }
 
@@ -281,7 +328,7 @@ int memferry_server_start(struct memferry_server *s)
 {
     sigset_t all, before;
     pthread_mutex_lock(&s->jobs_lock);
-    int r = s->started ? EALREADY : 0;
+    int r = s->started || atomic_exchange(&s->serving, true) ? EALREADY : 0;
     if (r == 0) {
         atomic_store(&s->stop, false);
         s->ended = 0;
@@ -290,31 +337,49 @@ int memferry_server_start(struct memferry_server *s)
         r = pthread_create(&s->thread, NULL, serve_main, s);
         pthread_sigmask(SIG_SETMASK, &before, NULL);
         s->started = r == 0;
+        if (r != 0)
+            atomic_store(&s->serving, false);
     }
     pthread_mutex_unlock(&s->jobs_lock);
     if (r == EALREADY)
-        return server_fail(r, "the server has a thread already");
+        return server_fail(r, "the server has a thread already, or another thread serves");
     return r == 0 ? 0 : server_fail(r, "cannot start a thread that serves: %s", strerror(r));
 }
 
 int memferry_server_stop(struct memferry_server *s)
 {
-    if (!s->started)
-        return 0;
-    if (pthread_equal(s->thread, pthread_self()))
+    if (server_serves_here(s))
         return server_fail(EDEADLK, "the serving thread can't wait for its own end");
-    atomic_store(&s->stop, true);
-    server_wake(s);
-    pthread_join(s->thread, NULL);
-    pthread_mutex_lock(&s->jobs_lock);
-    s->started = false;
-    int r = s->ended;
-    s->ended = 0;
-    pthread_mutex_unlock(&s->jobs_lock);
+    pthread_mutex_lock(&s->stop_lock);
+    int r = 0;
+    if (s->started) {
+        atomic_store(&s->stop, true);
+        server_wake(s);
+        pthread_join(s->thread, NULL);
+        pthread_mutex_lock(&s->jobs_lock);
+        s->started = false;
+        r = s->ended;
+        s->ended = 0;
+        pthread_mutex_unlock(&s->jobs_lock);
+    }
+    pthread_mutex_unlock(&s->stop_lock);
     return r < 0 ? server_fail(-r, "serving had ended: %s", strerror(-r)) : 0;
 }
 
 /* ---- from beginning to end ---- */
+
+static int wait_for(struct memferry_server *s, int fd, uint32_t tag)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = tag};
+    return epoll_ctl(s->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0 ? 0 : -errno;
+}
+
+static void close_own(const struct memferry_server *s)
+{
+    mf_close_p(&s->epoll_fd);
+    mf_close_p(&s->wake_fd);
+    mf_close_p(&s->timer_fd);
+}
 
 int memferry_server_new(const struct memferry_server_options *options,
                         struct memferry_server **server)
@@ -327,23 +392,20 @@ int memferry_server_new(const struct memferry_server_options *options,
                options->struct_bytes < sizeof(*options) ? options->struct_bytes : sizeof(*options));
     s->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    struct epoll_event event = {.events = EPOLLIN, .data.u32 = WAKE_TAG};
-    if (s->epoll_fd < 0 || s->wake_fd < 0 ||
-        epoll_ctl(s->epoll_fd, EPOLL_CTL_ADD, s->wake_fd, &event) != 0) {
-        int error =
-            server_fail(errno, "cannot make a descriptor for a server: %s", strerror(errno));
-        mf_close_p(&s->epoll_fd);
-        mf_close_p(&s->wake_fd);
-        free(s);
-        return error;
-    }
-    int r = mf_gate_init(&s->gate);
+    s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    int r = s->epoll_fd < 0 || s->wake_fd < 0 || s->timer_fd < 0 ? -errno : 0;
+    if (r == 0)
+        r = wait_for(s, s->wake_fd, WAKE_TAG);
+    if (r == 0)
+        r = wait_for(s, s->timer_fd, TIMER_TAG);
+    if (r == 0)
+        r = mf_gate_init(&s->gate);
     if (r < 0) {
-        close(s->epoll_fd);
-        close(s->wake_fd);
+        close_own(s);
         free(s);
-        return server_fail(-r, "cannot make the locks of a server: %s", strerror(-r));
+        return server_fail(-r, "cannot make a server's descriptors and locks: %s", strerror(-r));
     }
+    pthread_mutex_init(&s->stop_lock, NULL);
     pthread_mutex_init(&s->turn, NULL);
     pthread_mutex_init(&s->jobs_lock, NULL);
     pthread_cond_init(&s->jobs_done, NULL);
@@ -387,48 +449,115 @@ static void unregister(struct memferry_server *s, int uffd, const struct mf_mapp
     mf_uffd_unregister(uffd, mapping->start_addr, mapping->length_bytes);
 }
 
-static bool may_show_a_region(const struct memferry_server *s, const struct mf_vma *vma)
+static bool shows_a_region(const struct memferry_server *s, const struct mf_vma *vma)
 {
     const uint32_t regions = atomic_load(&s->region_count);
-    for (uint32_t i = 0; i < regions; i++)
-        if (s->region[i].kind == MF_MEMORY_PRIVATE
-                ? vma->inode == 0 && !vma->shared
-                : vma->inode == s->region[i].inode && vma->device == s->region[i].device)
+    for (uint32_t i = 0; i < regions && vma->shared; i++)
+        if (s->region[i].kind != MF_MEMORY_PRIVATE && vma->inode == s->region[i].inode &&
+            vma->device == s->region[i].device)
             return true;
     return false;
 }
 
+/* A mapping belongs to one userfaultfd as a whole. Not every kernel refuses to unregister another
+ * one's (doc/kernel.md); but none registers it. */
+static bool is_ours(const struct memferry_server *s, uint32_t context, const struct mf_vma *vma)
+{
+    struct mf_mapping known;
+    struct mf_error err;
+    if (mf_layout_from(&s->layout, context, vma->start_addr, &known) &&
+        known.start_addr < vma->end_addr)
+        return true;
+    return shows_a_region(s, vma) &&
+           mf_uffd_register(mf_context_uffd(&s->contexts, context), vma->start_addr,
+                            vma->end_addr - vma->start_addr, &err) == 0;
+}
+
 /* What nobody has touched since it was moved or has grown is watched too, though not known. Who
  * holds the userfaultfd open would leave its readers waiting. */
-static void unregister_unknown(const struct memferry_server *s, const struct mf_context *context)
+static void unregister_all(struct memferry_server *s)
 {
-    struct mf_vma vma;
-    if (!context || context->maps_fd < 0)
-        return;
-    for (uint64_t at = 0; mf_vma_find(context->maps_fd, at, &vma) == 0; at = vma.end_addr)
-        if (may_show_a_region(s, &vma))
-            mf_uffd_unregister(context->uffd, vma.start_addr, vma.end_addr - vma.start_addr);
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        const struct mf_context *context = mf_context_at(&s->contexts, i);
+        struct mf_vma vma;
+        for (uint64_t at = 0;
+             context && context->maps_fd >= 0 && mf_vma_find(context->maps_fd, at, &vma) == 0;
+             at = vma.end_addr)
+            if (is_ours(s, i, &vma))
+                mf_uffd_unregister(context->uffd, vma.start_addr, vma.end_addr - vma.start_addr);
+    }
+    server_each_mapping(s, unregister); /* of those whose maps can't be had */
+}
+
+/* Nothing is mapped any more, so nobody who fills meets anything that he would have to wait for. */
+static void forget_mappings(struct memferry_server *s)
+{
+    mf_gate_close(&s->gate);
+    for (uint32_t i = 0; i < s->contexts.count; i++) {
+        mf_layout_forget(&s->layout, i);
+        mf_limbo_forget(&s->events.limbo, &s->layout, i);
+    }
+    mf_gate_open(&s->gate);
+}
+
+/* Return: is an event on its way still? */
+static bool drain_one(int uffd)
+{
+    struct uffd_msg message;
+    while (read(uffd, &message, sizeof(message)) == (ssize_t)sizeof(message))
+        if (message.event == UFFD_EVENT_FORK) /* nothing is to come: the child needs none */
+            close((int)message.arg.fork.ufd);
+    return mf_uffd_event_pending(uffd) > 0;
+}
+
+/* Who has changed the layout waits until that is read, and would for ever if the userfaultfd stays
+ * open elsewhere: in its process, or in a child that is being made. */
+static void drain(struct memferry_server *s)
+{
+    const uint64_t end_ns = mf_now_ns() + LINGER_NS;
+    for (bool more = true; more && mf_now_ns() < end_ns;) {
+        more = false;
+        for (uint32_t i = 0; i < s->contexts.count; i++) {
+            const struct mf_context *context = mf_context_at(&s->contexts, i);
+            more |= context && drain_one(context->uffd);
+        }
+        if (more)
+            nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+    }
+}
+
+/* With the turn, as some may fill still. */
+static void end_watching(struct memferry_server *s)
+{
+    for (uint32_t i = 0; i < s->contexts.count; i++)
+        server_read(s, i); /* so that what is known is true */
+    unregister_all(s);
+    forget_mappings(s);
+    drain(s);
+    s->closing = true;
 }
 
 int memferry_server_free(struct memferry_server *s, int end)
 {
     if (!s)
         return 0;
+    if (server_serves_here(s))
+        return server_fail(EDEADLK, "a server can't be freed from one of its callbacks");
     server_do(s, nothing, NULL); /* what is being served is counted when it is through */
     const uint64_t missing = memferry_missing_pages(s);
     if (missing && end == MEMFERRY_END_COMPLETE)
         return server_fail(EBUSY, "%llu pages are missing: fill them, or say what becomes of them",
                            (unsigned long long)missing);
     memferry_server_stop(s);
-    if (!missing || end != MEMFERRY_END_LEAVE) {
-        server_each_mapping(s, unregister);
-        for (uint32_t i = 0; i < s->contexts.count; i++)
-            unregister_unknown(s, mf_context_at(&s->contexts, i));
+    const bool leave = missing && end == MEMFERRY_END_LEAVE;
+    if (!leave) {
+        pthread_mutex_lock(&s->turn);
+        have_turn(s);
+        end_watching(s);
+        server_give_turn(s);
     }
     if (s->provider.close)
         s->provider.close(s->provider.arg);
-    mf_contexts_free(&s->contexts);
-    mf_gate_destroy(&s->gate);
     const uint32_t regions = atomic_load(&s->region_count);
     for (uint32_t i = 0; i < regions; i++) {
         munmap((void *)s->pages[i].state, s->state_bytes[i]);
@@ -438,8 +567,12 @@ int memferry_server_free(struct memferry_server *s, int end)
     }
     if (s->scratch)
         munmap(s->scratch, s->scratch_bytes);
-    close(s->epoll_fd);
-    close(s->wake_fd);
+    close_own(s);
+    if (!leave)
+        drain(s); /* again, now that descriptors are free */
+    mf_contexts_free(&s->contexts);
+    mf_gate_destroy(&s->gate);
+    pthread_mutex_destroy(&s->stop_lock);
     pthread_cond_destroy(&s->jobs_done);
     pthread_mutex_destroy(&s->jobs_lock);
     pthread_mutex_destroy(&s->turn);

@@ -87,26 +87,32 @@ struct memferry_server {
     uint8_t *scratch;        /**< where a provider may put what it was asked for */
     uint64_t scratch_bytes;
     int epoll_fd, wake_fd;
+    int timer_fd;      /**< for what is to be done when nothing comes */
+    uint64_t timer_ns; /**< when it is set for, 0: never */
 
     pthread_mutex_t turn;
     _Atomic bool busy;     /**< somebody has the turn, and it is … */
     _Atomic pthread_t who; /**< … this thread */
-    bool applying;         /**< it is in on_change, so in the middle of a batch of events */
+    _Atomic bool serving;  /**< it is for somebody to serve: memferry_server_run() or the thread */
+    bool applying;         /**< an event is being applied: the gate is closed */
+    bool closing;          /**< nothing is watched any more */
+    bool asking;           /**< the provider is being asked: it may have the scratch in its hands */
 
     pthread_mutex_t jobs_lock; /**< of jobs and of started */
     pthread_cond_t jobs_done;
     struct server_job *jobs;
     _Atomic bool have_jobs;
 
+    pthread_mutex_t stop_lock; /**< held by who ends the thread */
     pthread_t thread;
     bool started;
     _Atomic bool stop;
     int ended; /**< why the thread ended by itself */
 
-    uint32_t own_contexts;   /**< not children */
-    uint64_t children_at_ns; /**< when to look which have ended */
-    bool short_of_fds;       /**< a fork waits for a free descriptor … */
-    uint32_t held_context;   /**< … with everything else of this context */
+    uint32_t own_contexts;  /**< not children */
+    uint32_t held_contexts; /**< see lib/context.h */
+    uint64_t look_at_ns;   /**< when to look whose process has ended, and at those held; 0: never */
+    uint64_t parked_at_ns; /**< when parked faults are given up, 0: there are none */
 
     _Atomic uint64_t again_at_ns; /**< when to let all who wait fault again; 0: not needed */
     _Atomic uint64_t missing_pages;
@@ -133,6 +139,10 @@ int server_do(struct memferry_server *server, int (*run)(struct memferry_server 
 /** server_serves_here() - is this the thread that serves? */
 bool server_serves_here(const struct memferry_server *server);
 
+/** server_try_turn(), server_give_turn() - have the turn, if nobody else has. */
+bool server_try_turn(struct memferry_server *server);
+void server_give_turn(struct memferry_server *server);
+
 /** server_wake() - make the serving thread look at its flags. Any thread. */
 void server_wake(struct memferry_server *server);
 
@@ -145,8 +155,12 @@ void server_begin_events(struct memferry_server *server);
  * Return: 1 if there was an event, 0, or -errno. */
 int server_read(struct memferry_server *server, uint32_t context);
 
-/** server_look_for_gone_children() - let go of children that have ended, of which nothing tells. */
-void server_look_for_gone_children(struct memferry_server *server);
+/** server_read_any() - an ioctl on @context has met an unread event: read it, or another's. */
+void server_read_any(struct memferry_server *server, uint32_t context);
+
+/** server_look_around() - let go of processes that have ended, of which nothing tells; try again
+ * where a fork waits for a descriptor. */
+void server_look_around(struct memferry_server *server);
 
 /** server_watch() - have the loop wait for a context, or no longer. Return: 0 or -errno. */
 int server_watch(struct memferry_server *server, uint32_t context, bool watch);

@@ -50,7 +50,9 @@ static void ask(struct memferry_server *s, uint32_t region, uint64_t page)
     }
     const uint64_t offered = want.pages;
     count(&s->wanted, 1);
+    s->asking = true;
     int answer = s->provider.want(s->provider.arg, s, &want);
+    s->asking = false;
     if (answer == MEMFERRY_LATER)
         return;
     if (answer > MEMFERRY_LATER || want.pages == 0 || want.pages > offered)
@@ -91,32 +93,62 @@ static void on_fault(void *argument, const struct mf_fault *fault, uint32_t regi
     mf_resolve_page(&s->lander.resolver, region, page);
 }
 
+/* Nothing more is read or filled there (lib/context.h). @context: there is one. */
+static void hold(struct memferry_server *s, uint32_t context)
+{
+    struct mf_context *at = mf_context_at(&s->contexts, context);
+    if (at->held)
+        return;
+    mf_gate_close(&s->gate);
+    at->held = true;
+    mf_gate_open(&s->gate);
+    s->held_contexts++;
+    server_watch(s, context, false);
+}
+
+static void unhold(struct memferry_server *s, uint32_t context)
+{
+    struct mf_context *at = mf_context_at(&s->contexts, context);
+    if (!at->held || server_watch(s, context, true) < 0)
+        return;
+    mf_gate_close(&s->gate);
+    at->held = false;
+    mf_gate_open(&s->gate);
+    s->held_contexts--;
+    mf_uffd_wake_all(at->uffd);
+}
+
 /* Return: 1 if there was an event, 0, or -errno. */
 int server_read(struct memferry_server *s, uint32_t context)
 {
     int r = mf_events_read(&s->events, context);
     if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
-        /* The fork's event stays where it is, and with it all that waits for a page of that
-         * process: once a child has ended or a descriptor was closed it is tried again. */
-        s->short_of_fds = true;
-        s->held_context = context;
-        server_watch(s, context, false);
+        /* The fork's event stays where it is: once a child has ended or a descriptor was closed it
+         * is tried again. */
+        hold(s, context);
         return 0;
     }
-    return r < 0 ? server_fail(-r, "reading a userfaultfd failed: %s", strerror(-r)) : r;
+    if (r < 0)
+        return server_fail(-r, "reading a userfaultfd failed: %s", strerror(-r));
+    if (mf_context_at(&s->contexts, context))
+        unhold(s, context);
+    return r;
 }
 
-/* An ioctl on the serving thread has met an unread event. That may be another context's: fork(2)
- * and munmap(2) across two of them hold up the fills of both from the beginning, but send the
- * second's event only when the first's was read. */
-static void on_event(void *argument, uint32_t context)
+/* The event may be another context's: fork(2) and munmap(2) across two of them hold up the fills of
+ * both from the beginning, but send the second's event only when the first's was read. */
+void server_read_any(struct memferry_server *s, uint32_t context)
 {
-    struct memferry_server *s = argument;
     int r = server_read(s, context);
     for (uint32_t i = 0; r == 0 && i < s->contexts.count; i++)
         r = i == context ? 0 : server_read(s, i);
     if (r < 0)
         s->ended = r;
+}
+
+static void on_event(void *argument, uint32_t context)
+{
+    server_read_any(argument, context);
 }
 
 /* ---- contexts that come and go ---- */
@@ -134,9 +166,10 @@ static void on_fork(void *argument, uint32_t parent, uint32_t context)
 {
     struct memferry_server *s = argument;
     (void)parent;
-    int r = server_watch(s, context, true);
-    if (r < 0)
-        s->ended = server_fail(-r, "cannot wait for a forked child: %s", strerror(-r));
+    if (server_watch(s, context, true) == 0)
+        return;
+    mf_context_at(&s->contexts, context)->held = true; /* it waits until it can be watched */
+    s->held_contexts++;
 }
 
 /* Of a thread that waits for a page, so its process is alive. */
@@ -154,23 +187,26 @@ static int on_maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
 }
 
 /* Nothing tells of an exit. */
-void server_look_for_gone_children(struct memferry_server *s)
+void server_look_around(struct memferry_server *s)
 {
     for (uint32_t i = 0; i < s->contexts.count; i++) {
         const struct mf_context *context = mf_context_at(&s->contexts, i);
-        if (context && context->child && !mf_uffd_alive(context->uffd)) {
-            if (s->short_of_fds && s->held_context == i)
-                s->short_of_fds = false;
-            else
-                server_watch(s, i, false);
-            server_forget_twin(s, i);
-            mf_events_drop(&s->events, i);
-        }
+        if (!context || !context->child || mf_uffd_alive(context->uffd))
+            continue;
+        if (context->held)
+            s->held_contexts--;
+        else
+            server_watch(s, i, false);
+        server_forget_twin(s, i);
+        mf_events_drop(&s->events, i);
     }
-    if (s->short_of_fds) {
-        s->short_of_fds = false;
-        server_watch(s, s->held_context, true);
+    for (uint32_t i = 0; s->held_contexts > 0 && i < s->contexts.count; i++) {
+        const struct mf_context *context = mf_context_at(&s->contexts, i);
+        int r = context && context->held ? server_read(s, i) : 0;
+        if (r < 0)
+            s->ended = r;
     }
+    mf_events_serve(&s->events, true);
 }
 
 void server_each_mapping(struct memferry_server *s,

@@ -47,10 +47,19 @@ static void broken(void *argument, uint32_t region, int error)
         s->options.on_failure(s->options.arg, &failure);
 }
 
-static void nothing(void *arg, uint32_t context)
+/* The thread that serves reads events. Where none does at the moment, whoever fills has to: nobody
+ * else would end its EAGAIN. Faults that it reads are served by the next one that serves. */
+static void read_if_nobody_does(void *argument, uint32_t context)
 {
-    (void)arg; /* the serving thread reads events */
-    (void)context;
+    struct memferry_server *s = argument;
+    if (!server_try_turn(s))
+        return;
+    if (!s->closing)
+        server_read_any(s, context);
+    const bool faults = s->events.fault_count > 0;
+    server_give_turn(s);
+    if (faults)
+        server_wake(s);
 }
 
 struct mf_lander server_lander(struct memferry_server *s)
@@ -59,7 +68,8 @@ struct mf_lander server_lander(struct memferry_server *s)
     return (struct mf_lander){.resolver = {.region = s->region,
                                            .layout = &s->layout,
                                            .contexts = &s->contexts,
-                                           .on_event = nothing},
+                                           .on_event = read_if_nobody_does,
+                                           .arg = s},
                               .pages = s->pages,
                               .ops = &ops,
                               .arg = s};
@@ -88,7 +98,9 @@ struct mf_gate_lane *server_lane(struct memferry_server *s)
 void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pages)
 {
     struct memferry_server *s = argument;
+    s->applying = true; /* on_failure may be told */
     mf_land_discard(&s->lander, region, first, pages, false);
+    s->applying = false;
 }
 
 /* ---- what could not be had ---- */
@@ -241,8 +253,13 @@ int server_land(struct memferry_server *s, const struct mf_lander *lander,
                                    .pages = pages};
     if (answer == MEMFERRY_DATA) {
         int r = land_bytes(lander, frame, bytes);
-        if (r < 0)
+        if (r == -EBUSY) { /* a context is held: it is asked for again when it may no longer be */
+            for (uint64_t page = first; page < first + pages; page++)
+                mf_page_unfault(&s->pages[region], page);
+            again(s);
+        } else if (r < 0) {
             server_failed(s, lander, region, first, pages, r);
+        }
         return r;
     }
     if (answer == MEMFERRY_PRESENT)
@@ -263,10 +280,19 @@ static struct mf_lander own_lander(struct memferry_server *s)
     return lander;
 }
 
+/* A fill may meet an event that is to be read first. That can't be while one is being applied. */
+static int check_fill(const struct memferry_server *s, uint32_t region, uint64_t first,
+                      uint64_t pages)
+{
+    if (server_serves_here(s) && s->applying)
+        return server_fail(EDEADLK, "pages can't be filled while a change is being told");
+    return server_check_run(s, region, first, pages);
+}
+
 static int fill(struct memferry_server *s, enum memferry_answer answer, uint32_t region,
                 uint64_t first, uint64_t pages, const void *bytes)
 {
-    int r = server_check_run(s, region, first, pages);
+    int r = check_fill(s, region, first, pages);
     if (r < 0 || pages == 0)
         return r;
     const struct mf_lander lander = own_lander(s);
@@ -300,7 +326,7 @@ int memferry_fill_present(struct memferry_server *s, uint32_t region, uint64_t f
 int memferry_fill_failed(struct memferry_server *s, uint32_t region, uint64_t first_page,
                          uint64_t pages, int error)
 {
-    int r = server_check_run(s, region, first_page, pages);
+    int r = check_fill(s, region, first_page, pages);
     if (r < 0)
         return r;
     const struct mf_lander lander = own_lander(s);
@@ -325,7 +351,9 @@ static int discard(struct memferry_server *s, void *argument)
 {
     const struct run *run = argument;
     mf_gate_close(&s->gate);
+    s->applying = true;
     mf_land_discard(&s->lander, run->region, run->first, run->pages, true);
+    s->applying = false;
     mf_gate_open(&s->gate);
     return 0;
 }

@@ -252,6 +252,8 @@ static int add_region(struct memferry_server *s, void *argument)
 {
     const struct memferry_region *from = argument;
     const uint32_t index = atomic_load(&s->region_count);
+    if (s->asking) /* the room for what it gives may have to move */
+        return server_fail(EDEADLK, "a provider that is being asked for pages can't add a region");
     if (index == MEMFERRY_REGIONS_MAX)
         return server_fail(ENOSPC, "a server has at most %u regions", MEMFERRY_REGIONS_MAX);
     int r = fill_in_region(s, from, index);
@@ -370,6 +372,8 @@ static int add_mapping(struct memferry_server *s, void *argument)
         if (mf_uffd_event_pending(uffd) == 0)
             break;
         mf_gate_open(&s->gate);
+        if (mf_context_fill_uffd(&s->contexts, m->context) < 0)
+            return server_fail(EAGAIN, "a fork of that process waits for a free descriptor");
         mf_resolve_wait(&s->lander.resolver, m->context, tries);
     }
     if (!agrees(s, m))
@@ -407,19 +411,48 @@ struct range {
     uint64_t start_addr, length_bytes;
 };
 
+/* Are both ends of a range those of pages, of whatever is mapped there? */
+static bool ends_between_pages(const struct memferry_server *s, uint32_t context, uint64_t start,
+                               uint64_t end)
+{
+    const uint64_t ends[] = {start, end};
+    for (unsigned i = 0; i < 2; i++) {
+        struct mf_mapping m;
+        if (mf_layout_find(&s->layout, context, ends[i], &m) && m.region != MF_REGION_ZEROS &&
+            ends[i] % s->region[m.region].page_bytes)
+            return false;
+    }
+    return (start | end) % 4096 == 0;
+}
+
+/* Only what is known to be mapped, for the rest of the range may be watched by somebody else. */
 static int remove_mapping(struct memferry_server *s, void *argument)
 {
     const struct range *range = argument;
-    const int uffd = mf_context_uffd(&s->contexts, range->context);
-    if (uffd < 0)
+    const uint64_t end = range->start_addr + range->length_bytes;
+    const struct mf_context *context = mf_context_at(&s->contexts, range->context);
+    if (!context)
         return server_fail(EINVAL, "there is no context %u", range->context);
+    if (end <= range->start_addr || !ends_between_pages(s, range->context, range->start_addr, end))
+        return server_fail(EINVAL, "[%#llx, +%#llx) is not a range of pages",
+                           (unsigned long long)range->start_addr,
+                           (unsigned long long)range->length_bytes);
+    int r = 0;
+    struct mf_mapping m;
     struct mf_range dropped[1];
-    mf_gate_close(&s->gate);
-    unsigned count = mf_layout_unmap(&s->layout, range->context, range->start_addr,
-                                     range->start_addr + range->length_bytes, dropped);
-    mf_gate_open(&s->gate);
-    wake_dropped(s, dropped, count);
-    int r = mf_uffd_unregister(uffd, range->start_addr, range->length_bytes);
+    mf_events_learn(&s->events, range->context, range->start_addr, end);
+    for (uint64_t at = range->start_addr;
+         mf_layout_from(&s->layout, range->context, at, &m) && m.start_addr < end;) {
+        const uint64_t from = m.start_addr > at ? m.start_addr : at;
+        at = m.start_addr + m.length_bytes < end ? m.start_addr + m.length_bytes : end;
+        mf_gate_close(&s->gate);
+        unsigned count = mf_layout_unmap(&s->layout, range->context, from, at, dropped);
+        mf_gate_open(&s->gate);
+        wake_dropped(s, dropped, count);
+        int error = mf_uffd_unregister(context->uffd, from, at - from);
+        r = error < 0 ? error : r;
+    }
+    mf_events_forget_faults(&s->events, range->context, range->start_addr, end);
     return r < 0 ? server_fail(-r, "cannot unregister memory at %#llx: %s",
                                (unsigned long long)range->start_addr, strerror(-r))
                  : 0;

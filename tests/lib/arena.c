@@ -61,6 +61,11 @@ void arena_watch(struct arena *a)
 {
     a->context = memferry_context_open(a->server);
     must(a->context >= 0);
+    arena_serve(a);
+}
+
+void arena_serve(struct arena *a)
+{
     int region = memferry_region_add(
         a->server, &(struct memferry_region){.struct_bytes = sizeof(struct memferry_region),
                                              .memory = a->memory,

@@ -37,6 +37,8 @@ void arena_make(struct arena *arena, enum memferry_memory memory, uint64_t pages
                 const struct memferry_provider *provider);
 /** arena_watch() - the context, region and mapping alone, for a server made otherwise. */
 void arena_watch(struct arena *arena);
+/** arena_serve() - the region and mapping alone. */
+void arena_serve(struct arena *arena);
 /** arena_free() - free the server (whatever is missing becomes zeros) and the memory. */
 void arena_free(struct arena *arena);
 
