@@ -39,6 +39,7 @@ enum mf_ipc_type {
     MF_IPC_CUT_ROUND,  /**< source: end the round where it is */
     MF_IPC_SETTINGS,   /**< source: the bandwidth limit */
     MF_IPC_FROZEN,     /**< source: the guest is paused; faults may be answered */
+    MF_IPC_COUNT,      /**< source, after FROZEN: count what is dirty; COUNTED follows */
     MF_IPC_CONFIRM,    /**< source: sweep before RELEASE (mode precopy) */
     MF_IPC_SEND,       /**< send a phase change */
     MF_IPC_SEND_ABORT,
@@ -53,6 +54,7 @@ enum mf_ipc_type {
     MF_IPC_PEER_DRAINED,  /**< source: with the destination's figures */
     MF_IPC_PEER_ABORT,    /**< text says why */
     MF_IPC_ROUND_DONE,    /**< source: the round has landed at the destination */
+    MF_IPC_COUNTED,       /**< source: what is dirty now that nothing is written any more */
     MF_IPC_CONFIRMED_ALL, /**< destination */
     MF_IPC_TYPES
 };
@@ -108,6 +110,7 @@ struct mf_ipc {
             uint64_t copied_pages, dirty_pages, duration_ns;
             uint32_t round;
         } round;
+        uint64_t dirty_pages;      /**< COUNTED */
         uint64_t bandwidth_bits_s; /**< SETTINGS; 0: no limit */
         uint8_t cancelled;         /**< SEND_ABORT, PEER_ABORT */
         uint64_t blackout_us;      /**< SEND and PEER_PHASE of DRAINED_ACK */

@@ -54,6 +54,15 @@ uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *r)
     return (uint64_t)(longer * (double)r->duration_ns) + 1;
 }
 
+bool mf_rounds_fit(const struct mf_rounds *r, uint64_t pages)
+{
+    /* A round of few pages says nothing of how fast many are sent. */
+    const double page_ns = r->pages >= MF_ROUNDS_FEW_PAGES
+                               ? (double)r->duration_ns / (double)r->pages
+                               : MF_ROUNDS_PAGE_NS;
+    return (double)pages * page_ns <= 2 * (double)r->max_blackout_ns;
+}
+
 static enum mf_rounds_next decide(const struct mf_rounds *r)
 {
     if (r->switch_now)

@@ -38,6 +38,7 @@ struct mf_rounds {
 
 #define MF_ROUNDS_HYBRID 8u
 #define MF_ROUNDS_MAX_BLACKOUT_MS 300u
+#define MF_ROUNDS_PAGE_NS 5000u  /**< to send a page, where nothing better is known */
 #define MF_ROUNDS_FEW_PAGES 256u /**< fewer than these are not worth another round */
 
 /** mf_rounds_done() - a round has landed; what now?
@@ -53,6 +54,11 @@ uint64_t mf_rounds_dirty_rate(const struct mf_rounds *rounds);
 /** mf_rounds_expected_blackout_ns() - how long it would take by now to send what is dirty and to
  * confirm everything. 0: not known yet. */
 uint64_t mf_rounds_expected_blackout_ns(const struct mf_rounds *rounds);
+
+/** mf_rounds_fit() - may @pages be sent while the guest stands still, as fast as the last round
+ * was? What is written between that round's end and the pause is no surprise, so up to twice as
+ * long as was asked for; but the guest must not stand still for whatever has come up meanwhile. */
+bool mf_rounds_fit(const struct mf_rounds *rounds, uint64_t pages);
 
 /** mf_mode_name() / mf_mode_of() - "hybrid", "postcopy", "precopy". mf_mode_of: 0 or -EINVAL; NULL
  * and "" mean hybrid. */

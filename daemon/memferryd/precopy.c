@@ -166,9 +166,27 @@ void precopy_confirm(struct session *session)
 {
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);
     if (session->rounds.mode == MF_PRECOPY)
-        mover_order(session, &(struct mf_ipc){.type = MF_IPC_CONFIRM}, -1);
+        mover_order(session, &(struct mf_ipc){.type = MF_IPC_COUNT}, -1);
     else
         session_event(session, MF_EV_PEER_CONFIRMED);
+}
+
+void precopy_counted(struct session *session, uint64_t dirty_pages)
+{
+    struct mf_rounds *rounds = &session->rounds;
+    if (session->state != MF_S_CONFIRMING || rounds->mode != MF_PRECOPY)
+        return;
+    if (mf_rounds_fit(rounds, dirty_pages)) {
+        mover_order(session, &(struct mf_ipc){.type = MF_IPC_CONFIRM}, -1);
+        return;
+    }
+    snprintf(session->mode_note, sizeof(session->mode_note),
+             "precopy became hybrid: %llu pages were written or mapped anew between the last round "
+             "and the pause, too many to send while %s stands still",
+             (unsigned long long)dirty_pages, session->name);
+    mf_log(MF_LOG_NOTICE, "%s: %s", session->name, session->mode_note);
+    rounds->mode = MF_HYBRID;
+    session_event(session, MF_EV_PEER_CONFIRMED);
 }
 
 int session_set_bandwidth(struct daemon *daemon, const char *name, uint64_t bits_s,

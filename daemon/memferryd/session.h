@@ -190,6 +190,10 @@ void precopy_look_again(struct session *session);
 /** precopy_confirm() - the guest is paused: MF_EV_PEER_CONFIRMED follows when RELEASE may be
  * prepared. */
 void precopy_confirm(struct session *session);
+/** precopy_counted() - mode precopy, the guest is paused: so much would have to be sent while it
+ * is.
+ */
+void precopy_counted(struct session *session, uint64_t dirty_pages);
 
 /* ---- target.c ---- */
 

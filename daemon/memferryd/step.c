@@ -526,6 +526,9 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
         precopy_round_done(session, message->round.round, message->round.copied_pages,
                            message->round.duration_ns, message->round.dirty_pages);
         break;
+    case MF_IPC_COUNTED:
+        precopy_counted(session, message->dirty_pages);
+        break;
     case MF_IPC_CONFIRMED_ALL:
         session->confirmed_all = true;
         session_event(session, MF_EV_CONFIRMED_ALL);

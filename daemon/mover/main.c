@@ -89,6 +89,10 @@ static void take_order(struct mover *mover)
     case MF_IPC_FROZEN:
         sweep_frozen(mover);
         break;
+    case MF_IPC_COUNT:
+        mover_tell(mover, &(struct mf_ipc){.type = MF_IPC_COUNTED,
+                                           .dirty_pages = sweep_count_dirty(mover)});
+        break;
     case MF_IPC_CONFIRM:
         sweep_release(mover);
         break;

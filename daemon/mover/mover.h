@@ -253,8 +253,11 @@ int sweep_missing(struct mover *mover, uint32_t region, uint64_t first,
 /** sweep_pass_finished() - have all bulk threads sent a pass's barrier? Until then nobody can know
  * what is missing, and nothing may be made missing: a round would send a page twice. */
 bool sweep_pass_finished(struct mover *mover);
-void sweep_next_pass(struct mover *mover);   /**< let the bulk threads begin */
-void sweep_frozen(struct mover *mover);      /**< the guest is paused: answer faults */
+void sweep_next_pass(struct mover *mover); /**< let the bulk threads begin */
+void sweep_frozen(struct mover *mover);    /**< the guest is paused: answer faults */
+/** sweep_count_dirty() - after sweep_frozen(): of the copied pages, how many were written since.
+ * Looks at all RAM. Main thread. */
+uint64_t sweep_count_dirty(struct mover *mover);
 bool sweep_wait_frozen(struct mover *mover); /**< false: the link ended first */
 void sweep_release(struct mover *mover);     /**< RELEASE is out: sweep */
 void sweep_round(struct mover *mover);       /**< begin a precopy round */

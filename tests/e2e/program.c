@@ -657,6 +657,14 @@ static const char *serve_itself(void)
     return "OK serves";
 }
 
+/* All of a region once more, to stay. */
+static const char *map_again(void)
+{
+    return mmap(NULL, region_bytes, PROT_READ, MAP_SHARED, region_fd[0], 0) == MAP_FAILED
+               ? "ERROR mapping"
+               : "OK mapped again";
+}
+
 /* Into many pieces: every second page of a mapping that is made for it. */
 static const char *scatter(void)
 {
@@ -725,6 +733,8 @@ static void answer(int fd)
         said = serve_itself();
     } else if (strcmp(verb, "scatter") == 0) {
         said = scatter();
+    } else if (strcmp(verb, "again") == 0) {
+        said = map_again();
     } else if (strcmp(verb, "orphan") == 0) {
         leave_orphan(text, sizeof(text));
     } else if (strcmp(verb, "exec") == 0) {

@@ -225,6 +225,20 @@ def process_precopy_children_write(sandbox):
 
 
 @e2e()
+def process_precopy_mapped_again(sandbox):
+    """What is mapped anew while it is being paused counts as written: nobody stands still for that."""
+    pair = Pair(sandbox, "--ops", "v", "--mib", "64")
+    pair.source.works()
+    beats = pair.source.beats()
+    pair.receive()
+    pause = f"{pair.source.command('again')} && {pair.source.command('pause')}"
+    result = pair.finish(pair.begin("--mode", "precopy", "--max-blackout", "20", pause=pause)).json
+    need(result["mode"] == "hybrid" and "mapped anew" in result["reason"], f"{result}")
+    pair.check_arrived(beats)
+    pair.forget()
+
+
+@e2e()
 def process_children_write(sandbox):
     """What a child writes before the program is paused is seen by postcopy, which is the default here."""
     _, result = whole_way(sandbox, program=("--ops", "wvFFdnmup"))

@@ -138,6 +138,21 @@ static void precopy_switches_when_the_rest_fits(void **state)
                      MF_ROUNDS_AGAIN);
 }
 
+static void knows_what_fits(void **state)
+{
+    (void)state;
+    struct mf_rounds rounds = {.mode = MF_PRECOPY, .max_blackout_ns = 100 * MS};
+    mf_rounds_done(&rounds, 1, 1000, SECOND, MF_ROUNDS_UNKNOWN); /* a millisecond each */
+    assert_true(mf_rounds_fit(&rounds, 0));
+    assert_true(mf_rounds_fit(&rounds, 200));
+    assert_false(mf_rounds_fit(&rounds, 201));
+    assert_false(mf_rounds_fit(&rounds, UINT64_MAX));
+    /* So few that their time says nothing. */
+    mf_rounds_done(&rounds, 2, 1, SECOND, MF_ROUNDS_UNKNOWN);
+    assert_true(mf_rounds_fit(&rounds, 200 * MS / MF_ROUNDS_PAGE_NS));
+    assert_false(mf_rounds_fit(&rounds, 200 * MS / MF_ROUNDS_PAGE_NS + 1));
+}
+
 static void precopy_goes_on_or_falls_back(void **state)
 {
     (void)state;
@@ -191,6 +206,7 @@ int main(void)
         cmocka_unit_test(hybrid_keeps_to_its_number_of_rounds),
         cmocka_unit_test(switches_when_told),
         cmocka_unit_test(precopy_switches_when_the_rest_fits),
+        cmocka_unit_test(knows_what_fits),
         cmocka_unit_test(precopy_goes_on_or_falls_back),
         cmocka_unit_test(knows_the_rates),
     };

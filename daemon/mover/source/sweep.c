@@ -336,12 +336,35 @@ static int go_along(struct sender *sender, enum along along, bool all)
     return 0;
 }
 
-/*
- * The last thread that is through settles doubts (lib/copies.h), if no chunk was left out. Then it
- * looks at how much is dirty by now: what another round would have to copy. That costs a round
- * little (a page table's worth of pages a microsecond or two where few are dirty), and of very much
- * RAM only a part is looked at.
- */
+/* How many of the copied pages were written since. A page table's worth of pages takes a
+ * microsecond or two where few are dirty; of very much RAM only a part is looked at. */
+static uint64_t count_dirty(struct sender *sender)
+{
+    const struct mover *mover = sender->mover;
+    const struct sweep *sweep = &mover->sweep;
+    const uint64_t step = sweep->chunk_count / LOOKED_AT_CHUNKS + 1;
+    uint64_t dirty_pages = 0;
+    for (uint64_t chunk = 0; chunk < sweep->chunk_count; chunk += step) {
+        uint64_t first, pages;
+        const unsigned region = chunk_place(mover, chunk, &first, &pages);
+        dirty_pages += sender_count_dirty(sender, region, first, pages);
+    }
+    return dirty_pages * step;
+}
+
+uint64_t sweep_count_dirty(struct mover *mover)
+{
+    struct sender *sender = aligned_alloc(64, sizeof(*sender));
+    if (!sender)
+        mover_fatal("out of memory for looking at what is dirty");
+    sender_init(sender, mover, NULL, -1);
+    const uint64_t dirty_pages = count_dirty(sender);
+    free(sender);
+    return dirty_pages;
+}
+
+/* The last thread that is through settles doubts (lib/copies.h), if no chunk was left out. Then it
+ * looks at how much is dirty by now: what another round would have to copy. */
 static void end_round(struct sender *sender, uint32_t doubts)
 {
     struct mover *mover = sender->mover;
@@ -350,14 +373,7 @@ static void end_round(struct sender *sender, uint32_t doubts)
         return;
     if (!atomic_load(&sweep->cut))
         mf_copies_settle(mover->copies, doubts);
-    const uint64_t step = sweep->chunk_count / LOOKED_AT_CHUNKS + 1;
-    uint64_t dirty_pages = 0;
-    for (uint64_t chunk = 0; chunk < sweep->chunk_count; chunk += step) {
-        uint64_t first, pages;
-        const unsigned region = chunk_place(mover, chunk, &first, &pages);
-        dirty_pages += sender_count_dirty(sender, region, first, pages);
-    }
-    atomic_store(&sweep->dirty_pages, dirty_pages * step);
+    atomic_store(&sweep->dirty_pages, count_dirty(sender));
 }
 
 static int one_pass(struct sender *sender, uint32_t pass)
