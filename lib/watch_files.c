@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
@@ -15,15 +16,18 @@
 #include "lib/util.h"
 
 #define SECOND_NS UINT64_C(1000000000)
-#define EXTENTS_MAX                                                                                \
-    1000000u /**< 16 MiB of memory a file; a file in more pieces is not compared                   \
-              */
+#define DESCRIPTORS_LEFT 40 /**< not taken: a forked child's must be had, or it waits */
 #define HUGE_AGAIN_NS                                                                              \
     (SECOND_NS / 4) /**< pages of a file that were mapped change nothing in it                     \
                      */
 
-static void file_free(struct mf_watch_file *file)
+static void file_free(struct mf_looker *looker, struct mf_watch_file *file)
 {
+    struct mf_extents data = {0};
+    uint64_t took_ns;
+    if (file->look)
+        mf_look_end(looker, file->look, &data, &took_ns);
+    mf_extents_free(&data);
     if (file->fd >= 0)
         close(file->fd);
     mf_extents_free(&file->data);
@@ -33,9 +37,9 @@ static void file_free(struct mf_watch_file *file)
 void mf_watch_files_free(struct mf_watch_files *files)
 {
     for (size_t i = 0; i < files->count; i++)
-        file_free(&files->list[i]);
+        file_free(files->looker, &files->list[i]);
     free(files->list);
-    *files = (struct mf_watch_files){0};
+    *files = (struct mf_watch_files){.looker = files->looker};
 }
 
 /* ---------------------------------------------------------------------------------- opening files
@@ -68,6 +72,17 @@ static bool is_elsewhere(int proc_fd, dev_t device)
     return major(device) != 0; /* a disk that is mounted nowhere any more */
 }
 
+/** affordable() - are enough descriptors left beside @fd, the lowest that was free? Return: @fd, or
+ * -EMFILE with it closed. */
+static int affordable(int fd)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || (rlim_t)fd + DESCRIPTORS_LEFT < limit.rlim_cur)
+        return fd;
+    close(fd);
+    return -EMFILE;
+}
+
 /** open_file() - the file behind a mapping. Return: a descriptor with @hugetlb set, or -errno
  * (-EOPNOTSUPP: not one to be compared; -ENOENT: the mapping has changed meanwhile). */
 static int open_file(int proc_fd, const struct mf_watched *map, bool *hugetlb)
@@ -90,7 +105,7 @@ static int open_file(int proc_fd, const struct mf_watched *map, bool *hugetlb)
         return -EOPNOTSUPP;
     snprintf(path, sizeof(path), "/proc/self/fd/%d", name_fd);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    return fd >= 0 ? fd : -errno;
+    return fd >= 0 ? affordable(fd) : -errno;
 }
 
 static struct mf_watch_file *find_file(struct mf_watch_files *files, const struct mf_watched *map)
@@ -107,25 +122,6 @@ static struct mf_watch_file *find_file(struct mf_watch_files *files, const struc
 static uint64_t page_end(uint64_t bytes, uint64_t page_bytes)
 {
     return (bytes + page_bytes - 1) & ~(page_bytes - 1);
-}
-
-/** data_of_tmpfs() - which pages hold data. The last one counts whole: SEEK_HOLE says the file's
- * size of it. */
-static int data_of_tmpfs(int fd, uint64_t page_bytes, struct mf_extents *out)
-{
-    for (off_t at = 0;;) {
-        off_t data = lseek(fd, at, SEEK_DATA);
-        if (data < 0)
-            return errno == ENXIO ? 0 : -errno;
-        at = lseek(fd, data, SEEK_HOLE);
-        if (at < 0)
-            return errno == ENXIO ? 0 : -errno; /* cut off between the two calls */
-        int rc = mf_extents_add(out, (uint64_t)data, page_end((uint64_t)at, page_bytes));
-        if (rc == 0 && out->count > EXTENTS_MAX)
-            rc = -E2BIG;
-        if (rc < 0)
-            return rc;
-    }
 }
 
 /** data_of_huge() - which pages the process has mapped; what it has not is unknown. */
@@ -158,41 +154,44 @@ static int data_of_huge(const struct mf_watch_file *file, const struct mf_watch 
     return 0;
 }
 
-static int data_of(const struct mf_watch_file *file, const struct mf_watch *watch,
-                   struct mf_extents *out)
-{
-    return file->hugetlb ? data_of_huge(file, watch, out)
-                         : data_of_tmpfs(file->fd, file->page_bytes, out);
-}
-
-/** remember() - what the file is like now. Takes over @data. */
-static void remember(struct mf_watch_file *file, const struct stat *st, struct mf_extents *data,
-                     uint64_t start_ns)
+/** remember() - what the file was like when the look began, and what was found. Takes over @data.
+ */
+static void remember(struct mf_watch_file *file, struct mf_extents *data, uint64_t took_ns)
 {
     mf_extents_free(&file->data);
     file->data = *data;
-    file->size_bytes = (uint64_t)st->st_size;
-    file->blocks = (uint64_t)st->st_blocks;
-    file->modified = st->st_mtim;
+    file->size_bytes = (uint64_t)file->began.st_size;
+    file->blocks = (uint64_t)file->began.st_blocks;
+    file->modified = file->began.st_mtim;
     file->looked_ns = mf_now_ns();
-    file->cost_ns = file->looked_ns - start_ns;
+    file->cost_ns = took_ns;
+    file->known = true;
 }
 
-/** first_look() - Return: 0 or -errno, then the file is not compared. */
-static int first_look(struct mf_watch_file *file, const struct mf_watch *watch)
+static int copy(struct mf_extents *to, const struct mf_extents *from)
 {
-    struct stat st;
-    struct mf_extents data = {0};
-    uint64_t start_ns = mf_now_ns();
-    if (fstat(file->fd, &st) != 0)
-        return -errno;
-    file->page_bytes = file->hugetlb ? (uint64_t)st.st_blksize : (uint64_t)sysconf(_SC_PAGESIZE);
-    int rc = data_of(file, watch, &data);
-    if (rc < 0)
-        mf_extents_free(&data);
-    else
-        remember(file, &st, &data, start_ns);
-    return rc;
+    *to = (struct mf_extents){0};
+    return mf_extents_minus(from, &(struct mf_extents){0}, to);
+}
+
+void mf_watch_files_inherit(struct mf_watch_files *child, const struct mf_watch_files *parent)
+{
+    child->list = calloc(parent->count ? parent->count : 1, sizeof(*child->list));
+    for (size_t i = 0; child->list && i < parent->count; i++) {
+        const struct mf_watch_file *from = &parent->list[i];
+        struct mf_watch_file *to = &child->list[child->count];
+        *to = *from;
+        to->look = NULL;
+        to->known &= !from->hugetlb; /* what the child has mapped itself */
+        to->fd = from->fd < 0 ? -1 : fcntl(from->fd, F_DUPFD_CLOEXEC, 0);
+        if (to->fd >= 0)
+            to->fd = affordable(to->fd);
+        int rc = copy(&to->data, &from->data);
+        if (copy(&to->explained, &from->explained) < 0 || rc < 0)
+            file_free(child->looker, to); /* it will be met as one that is new */
+        else
+            child->count++;
+    }
 }
 
 int mf_watch_files_refresh(struct mf_watch_files *files, const struct mf_watch *watch)
@@ -215,14 +214,15 @@ int mf_watch_files_refresh(struct mf_watch_files *files, const struct mf_watch *
         if (fresh.fd == -ENOENT)
             continue; /* the next scan sees what it has become */
         files->refused += fresh.fd == -EPERM || fresh.fd == -EACCES;
-        if (fresh.fd >= 0 && first_look(&fresh, watch) < 0) {
-            close(fresh.fd);
-            fresh.fd = -1;
-        }
+        struct stat st;
+        if (fresh.fd >= 0)
+            fresh.page_bytes = fresh.hugetlb && fstat(fresh.fd, &st) == 0
+                                   ? (uint64_t)st.st_blksize
+                                   : (uint64_t)sysconf(_SC_PAGESIZE);
         struct mf_watch_file *grown =
             reallocarray(files->list, files->count + 1, sizeof(*files->list));
         if (!grown) {
-            file_free(&fresh);
+            file_free(files->looker, &fresh);
             return -ENOMEM;
         }
         files->list = grown;
@@ -233,7 +233,7 @@ int mf_watch_files_refresh(struct mf_watch_files *files, const struct mf_watch *
         if (files->list[i].mapped)
             files->list[kept++] = files->list[i];
         else
-            file_free(&files->list[i]);
+            file_free(files->looker, &files->list[i]);
     }
     files->count = kept;
     return 0;
@@ -241,9 +241,49 @@ int mf_watch_files_refresh(struct mf_watch_files *files, const struct mf_watch *
 
 /* ------------------------------------------------------------------------------------ comparing */
 
-void mf_watch_files_explain(struct mf_watch_files *files, const struct mf_watch *watch,
-                            const struct mf_change *change)
+struct teller {
+    struct mf_watch *watch;
+    mf_watch_fn *fn;
+    void *arg;
+};
+
+/** tell() - [@start_bytes, @end_bytes) of the file has gone: wherever it is mapped, save in @told,
+ * addresses of which that is known. @like: by whom, and for what reason. */
+static void tell(const struct teller *to, const struct mf_watch_file *file, uint64_t start_bytes,
+                 uint64_t end_bytes, const struct mf_change *like, struct mf_extent told)
 {
+    for (size_t i = 0; i < to->watch->count; i++) {
+        const struct mf_watched *map = &to->watch->maps[i];
+        uint64_t length_bytes = map->end_addr - map->start_addr;
+        uint64_t map_end = map->offset_bytes + length_bytes;
+        if (map->inode != file->inode || map->device != file->device || !map->shared ||
+            end_bytes <= map->offset_bytes || start_bytes >= map_end ||
+            (map->start_addr < told.end_bytes && map->end_addr > told.start_bytes))
+            continue;
+        uint64_t from = start_bytes > map->offset_bytes ? start_bytes : map->offset_bytes;
+        uint64_t to_bytes = end_bytes < map_end ? end_bytes : map_end;
+        struct mf_change change = {.pid = to->watch->pid,
+                                   .tid = like->tid,
+                                   .kind = MF_CHANGE_REMOVE,
+                                   .reason = like->reason,
+                                   .start_addr = map->start_addr + (from - map->offset_bytes),
+                                   .end_addr = map->start_addr + (to_bytes - map->offset_bytes)};
+        to->fn(to->watch, &change, -1, to->arg);
+    }
+}
+
+/** tell_unsaid() - of what happened to the file by no call of this process, or by one unknown. */
+static void tell_unsaid(const struct teller *to, const struct mf_watch_file *file,
+                        uint64_t start_bytes, uint64_t end_bytes, enum mf_reason reason)
+{
+    const struct mf_change like = {.reason = reason};
+    tell(to, file, start_bytes, end_bytes, &like, (struct mf_extent){0});
+}
+
+void mf_watch_files_explain(struct mf_watch_files *files, struct mf_watch *watch,
+                            const struct mf_change *change, mf_watch_fn *fn, void *arg)
+{
+    const struct teller to = {.watch = watch, .fn = fn, .arg = arg};
     if (change->kind != MF_CHANGE_REMOVE)
         return;
     for (size_t i = 0; i < watch->count; i++) {
@@ -257,37 +297,14 @@ void mf_watch_files_explain(struct mf_watch_files *files, const struct mf_watch 
             continue;
         start = start > map->start_addr ? start : map->start_addr;
         end = end < map->end_addr ? end : map->end_addr;
-        mf_extents_add(&file->explained, map->offset_bytes + (start - map->start_addr),
-                       map->offset_bytes + (end - map->start_addr));
+        start = map->offset_bytes + (start - map->start_addr);
+        end = map->offset_bytes + (end - map->start_addr);
+        mf_extents_add(&file->explained, start, end);
         file->explained_ns = mf_now_ns();
-    }
-}
-
-struct teller {
-    struct mf_watch *watch;
-    mf_watch_fn *fn;
-    void *arg;
-};
-
-/** tell() - [@start_bytes, @end_bytes) of the file has gone: wherever it is mapped. */
-static void tell(const struct teller *to, const struct mf_watch_file *file, uint64_t start_bytes,
-                 uint64_t end_bytes, enum mf_reason reason)
-{
-    for (size_t i = 0; i < to->watch->count; i++) {
-        const struct mf_watched *map = &to->watch->maps[i];
-        uint64_t length_bytes = map->end_addr - map->start_addr;
-        uint64_t map_end = map->offset_bytes + length_bytes;
-        if (map->inode != file->inode || map->device != file->device || !map->shared ||
-            end_bytes <= map->offset_bytes || start_bytes >= map_end)
-            continue;
-        uint64_t from = start_bytes > map->offset_bytes ? start_bytes : map->offset_bytes;
-        uint64_t to_bytes = end_bytes < map_end ? end_bytes : map_end;
-        struct mf_change change = {.pid = to->watch->pid,
-                                   .kind = MF_CHANGE_REMOVE,
-                                   .reason = reason,
-                                   .start_addr = map->start_addr + (from - map->offset_bytes),
-                                   .end_addr = map->start_addr + (to_bytes - map->offset_bytes)};
-        to->fn(to->watch, &change, -1, to->arg);
+        if (change->reason == MF_REASON_REMOVE)
+            tell(&to, file, start, end, change,
+                 (struct mf_extent){.start_bytes = change->start_addr,
+                                    .end_bytes = change->end_addr});
     }
 }
 
@@ -295,7 +312,8 @@ static void tell(const struct teller *to, const struct mf_watch_file *file, uint
 static void drop_explained(struct mf_watch_file *file, const struct mf_extents *data)
 {
     struct mf_extents gone = {0}, left = {0};
-    uint64_t patience_ns = SECOND_NS > 20 * file->cost_ns ? SECOND_NS : 20 * file->cost_ns;
+    uint64_t look_ns = mf_now_ns() - file->began_ns;
+    uint64_t patience_ns = SECOND_NS > 20 * look_ns ? SECOND_NS : 20 * look_ns;
     if (mf_now_ns() - file->explained_ns < patience_ns &&
         mf_extents_minus(&file->explained, data, &gone) == 0)
         mf_extents_minus(&file->explained, &gone, &left);
@@ -308,6 +326,8 @@ static void drop_explained(struct mf_watch_file *file, const struct mf_extents *
 static bool is_due(const struct mf_watch_file *file, const struct stat *st)
 {
     uint64_t ago_ns = mf_now_ns() - file->looked_ns;
+    if (!file->known)
+        return true;
     if (ago_ns < 10 * file->cost_ns)
         return false;
     if ((uint64_t)st->st_size != file->size_bytes || (uint64_t)st->st_blocks != file->blocks)
@@ -318,35 +338,72 @@ static bool is_due(const struct mf_watch_file *file, const struct stat *st)
            st->st_mtim.tv_nsec != file->modified.tv_nsec;
 }
 
-static int compare(struct mf_watch_file *file, const struct stat *st, const struct teller *to)
+/** compare() - a look is done: tell what has gone since the last one. Takes over @data. Return: 0
+ * or -ENOMEM. */
+static int compare(struct mf_watch_file *file, struct mf_extents *data, uint64_t took_ns,
+                   const struct teller *to)
 {
-    struct mf_extents data = {0}, vanished = {0}, news = {0};
-    uint64_t start_ns = mf_now_ns(), size_bytes = (uint64_t)st->st_size;
-    int rc = data_of(file, to->watch, &data);
-    if (rc == 0)
-        rc = mf_extents_minus(&file->data, &data, &vanished);
+    struct mf_extents vanished = {0}, news = {0};
+    struct stat now;
+    int rc = file->known ? mf_extents_minus(&file->data, data, &vanished) : 0;
     if (rc == 0)
         rc = mf_extents_minus(&vanished, &file->explained, &news);
+    /* What has been cut off during the look is for the next one to tell. */
+    uint64_t size_bytes = (uint64_t)file->began.st_size;
+    if (fstat(file->fd, &now) == 0 && (uint64_t)now.st_size < size_bytes)
+        size_bytes = (uint64_t)now.st_size;
     uint64_t end_bytes = page_end(size_bytes, file->page_bytes);
     /* Of hugetlbfs a page may only not be mapped any more: then the file is as large as before. */
-    bool believe = !file->hugetlb || (uint64_t)st->st_blocks < file->blocks;
+    bool believe = !file->hugetlb || (uint64_t)file->began.st_blocks < file->blocks;
     for (size_t i = 0; rc == 0 && believe && i < news.count; i++) {
         const struct mf_extent *one = &news.list[i];
         uint64_t stop = one->end_bytes < end_bytes ? one->end_bytes : end_bytes;
         if (one->start_bytes < stop)
-            tell(to, file, one->start_bytes, stop, MF_REASON_PUNCH);
+            tell_unsaid(to, file, one->start_bytes, stop, MF_REASON_PUNCH);
     }
-    if (rc == 0 && size_bytes < file->size_bytes)
-        tell(to, file, end_bytes, page_end(file->size_bytes, file->page_bytes), MF_REASON_TRUNCATE);
+    size_bytes = (uint64_t)file->began.st_size;
+    if (rc == 0 && file->known && size_bytes < file->size_bytes)
+        tell_unsaid(to, file, page_end(size_bytes, file->page_bytes),
+                    page_end(file->size_bytes, file->page_bytes), MF_REASON_TRUNCATE);
     mf_extents_free(&vanished);
     mf_extents_free(&news);
     if (rc < 0) {
-        mf_extents_free(&data);
+        mf_extents_free(data);
         return rc;
     }
-    drop_explained(file, &data);
-    remember(file, st, &data, start_ns);
+    drop_explained(file, data);
+    remember(file, data, took_ns);
     return 0;
+}
+
+/** look() - begin to, if it is due, or see what has come of it. Return: 0 or -errno. */
+static int look(struct mf_looker *looker, struct mf_watch_file *file, const struct teller *to)
+{
+    struct mf_extents data = {0};
+    uint64_t took_ns = 0;
+    int rc;
+    if (!file->look) {
+        struct stat st;
+        if (fstat(file->fd, &st) != 0 || !is_due(file, &st))
+            return 0;
+        file->began = st;
+        file->began_ns = mf_now_ns();
+        if (!file->hugetlb) {
+            file->look = mf_look_begin(looker, file->fd, file->page_bytes);
+            return 0;
+        }
+        rc = data_of_huge(file, to->watch, &data);
+        took_ns = mf_now_ns() - file->began_ns;
+    } else {
+        if (!mf_look_done(looker, file->look))
+            return 0;
+        rc = mf_look_end(looker, file->look, &data, &took_ns);
+        file->look = NULL;
+    }
+    if (rc == 0)
+        return compare(file, &data, took_ns, to);
+    mf_extents_free(&data);
+    return rc;
 }
 
 int mf_watch_files_compare(struct mf_watch_files *files, struct mf_watch *watch, mf_watch_fn *fn,
@@ -355,10 +412,7 @@ int mf_watch_files_compare(struct mf_watch_files *files, struct mf_watch *watch,
     const struct teller to = {.watch = watch, .fn = fn, .arg = arg};
     for (size_t i = 0; i < files->count; i++) {
         struct mf_watch_file *file = &files->list[i];
-        struct stat st;
-        if (file->fd < 0 || fstat(file->fd, &st) != 0 || !is_due(file, &st))
-            continue;
-        int rc = compare(file, &st, &to);
+        int rc = file->fd >= 0 ? look(files->looker, file, &to) : 0;
         if (rc == -ENOMEM)
             return rc;
         if (rc < 0) { /* in more pieces than can be kept */
@@ -367,4 +421,13 @@ int mf_watch_files_compare(struct mf_watch_files *files, struct mf_watch *watch,
         }
     }
     return 0;
+}
+
+bool mf_watch_files_known(const struct mf_watch_files *files)
+{
+    for (size_t i = 0; i < files->count; i++) {
+        if (files->list[i].fd >= 0 && !files->list[i].known)
+            return false;
+    }
+    return true;
 }

@@ -32,6 +32,7 @@
 #define SCAN_ANYWAY_NS                                                                             \
     UINT64_C(250000000)                  /**< mappings may be replaced by others of equal size     \
                                           */
+#define SERVE_NS UINT64_C(200000)        /**< for looking while events may wait */
 #define EXEC_NEWS_NS UINT64_C(200000000) /**< for the kernel to tell of an exec that is noticed */
 #define SPARE_DESCRIPTORS 48 /**< for looking, and for what a process takes beside its first */
 
@@ -48,6 +49,8 @@ struct monitor {
     struct followed **list; /**< the first one is the process that was asked for */
     size_t count;
     struct monitor_output output;
+    struct mf_looker looker;
+    uint64_t served_ns; /**< when events were read last */
     int execs_fd;       /**< of mf_execs_listen(), or -errno: then they are noticed by the way */
     uint64_t epoch_us;  /**< what CLOCK_MONOTONIC is behind the time of day */
     rlim_t descriptors; /**< we may have so many open */
@@ -96,6 +99,7 @@ static struct followed *follow(struct monitor *monitor)
         free(one);
         return NULL;
     }
+    one->files.looker = &monitor->looker;
     monitor->list[monitor->count++] = one;
     return one;
 }
@@ -116,13 +120,21 @@ static struct followed *followed_of(struct mf_watch *watch)
     return (struct followed *)((char *)watch - offsetof(struct followed, watch));
 }
 
+/** on_twin() - mf_watch_fn: what is already explained. */
+static void on_twin(struct mf_watch *watch, const struct mf_change *change, int child_uffd,
+                    void *arg)
+{
+    (void)watch, (void)child_uffd;
+    print_change(arg, change);
+}
+
 /** on_change() - mf_watch_fn. */
 static void on_change(struct mf_watch *watch, const struct mf_change *change, int child_uffd,
                       void *arg)
 {
     struct monitor *monitor = arg;
     print_change(monitor, change);
-    mf_watch_files_explain(&followed_of(watch)->files, watch, change);
+    mf_watch_files_explain(&followed_of(watch)->files, watch, change, on_twin, monitor);
     if (child_uffd < 0)
         return;
     /* The lowest free number was taken, so that many are in use. */
@@ -137,12 +149,21 @@ static void on_change(struct mf_watch *watch, const struct mf_change *change, in
         return;
     }
     mf_watch_adopt(&child->watch, change->child, child_uffd); /* so its execs are all later */
+    mf_watch_files_inherit(&child->files, &followed_of(watch)->files);
 }
 
 static void read_events(struct monitor *monitor, struct followed *one)
 {
     if (one->watch.uffd >= 0)
         mf_watch_read(&one->watch, on_change, monitor);
+}
+
+static void serve(struct monitor *monitor)
+{
+    /* Children that a fork adds are at the end. */
+    for (size_t i = 0; i < monitor->count; i++)
+        read_events(monitor, monitor->list[i]);
+    monitor->served_ns = mf_now_ns();
 }
 
 /* ---- what sends no event ---- */
@@ -296,9 +317,7 @@ static void run(struct monitor *monitor, int signal_fd)
         bool asked = wait_for_something(monitor, signal_fd);
         read_execs(monitor);
         see_off_children(monitor);
-        /* Children that a fork adds are at the end. */
-        for (size_t i = 0; i < monitor->count; i++)
-            read_events(monitor, monitor->list[i]);
+        serve(monitor);
         /* The first is the last: once it has ended, so has all that was done before. */
         if (asked || mf_watch_has_ended(&monitor->list[0]->watch)) {
             read_execs(monitor);
@@ -315,6 +334,8 @@ static void run(struct monitor *monitor, int signal_fd)
                 look_after(monitor, one);
             else if (one->watch.stale && !one->unwatched)
                 scan_if_due(monitor, one);
+            if (mf_now_ns() - monitor->served_ns > SERVE_NS)
+                serve(monitor);
         }
         if (due) {
             looked_ns = mf_now_ns();
@@ -324,6 +345,19 @@ static void run(struct monitor *monitor, int signal_fd)
 }
 
 /* ---- beginning and end ---- */
+
+/** look_first() - at the files there are, so that what goes from now on is told. */
+static void look_first(struct monitor *monitor, struct followed *first, int signal_fd)
+{
+    struct pollfd asked = {.fd = signal_fd, .events = POLLIN};
+    scan(monitor, first);
+    for (int pause_ms = 0; poll(&asked, 1, pause_ms) == 0; pause_ms = 1) {
+        mf_watch_files_compare(&first->files, &first->watch, on_change, monitor);
+        if (mf_watch_files_known(&first->files))
+            return;
+        serve(monitor);
+    }
+}
 
 /** introduce() - the sentence that says what is watched. */
 static void introduce(const struct mf_watch *watch)
@@ -406,19 +440,21 @@ int verb_monitor(const struct cli_args *args)
         rc = mf_watch_attach(&first->watch, &err);
     first->since_ns = mf_now_ns();
     if (rc == 0) {
-        int code = -monitor_output_start(&monitor.output, signal_fd);
+        int code = -mf_looker_start(&monitor.looker);
+        if (code == 0)
+            code = -monitor_output_start(&monitor.output, signal_fd);
         if (code)
-            rc = mf_fail(&err, code, "cannot start the thread that prints: %s", strerror(code));
+            rc = mf_fail(&err, code, "cannot start a thread: %s", strerror(code));
     }
     if (rc < 0) {
         unfollow(&monitor, 0);
         free(monitor.list);
         return verb_complain(CLI_FAILED, err.text);
     }
-    scan(&monitor, first);
-    introduce(&first->watch);
     if (!monitor.json)
         monitor_output_add(&monitor.output, monitor_header(), strlen(monitor_header()));
+    look_first(&monitor, first, signal_fd);
+    introduce(&first->watch);
     if (first->files.refused)
         notice("files behind shared memory can't be opened (that takes CAP_SYS_ADMIN or "
                "CAP_CHECKPOINT_RESTORE), so holes punched into them are not seen");
@@ -428,6 +464,7 @@ int verb_monitor(const struct cli_args *args)
     while (monitor.count)
         unfollow(&monitor, monitor.count - 1);
     free(monitor.list);
+    mf_looker_end(&monitor.looker);
     if (!monitor_output_finish(&monitor.output))
         return verb_complain(CLI_FAILED, "cannot write to the standard output");
     return CLI_DONE;

@@ -499,12 +499,47 @@ def monitor_files(sandbox):
         # An event tells of it: once is enough.
         victim.call(1, MADVISE, AREA + 200 * PAGE, 8 * PAGE, REMOVE)
         monitor.expect(raw(pid, victim.tids[1], "remove", AREA + 200 * PAGE, AREA + 208 * PAGE, "remove"))
+        # It also tells of the other mapping, which loses the same pages.
+        victim.call(2, MADVISE, AREA + 14 * PAGE, 4 * PAGE, REMOVE)
+        monitor.expect(raw(pid, victim.tids[2], "remove", AREA + 14 * PAGE, AREA + 18 * PAGE, "remove"),
+                       raw(pid, victim.tids[2], "remove", twice + 6 * PAGE, twice + 10 * PAGE, "remove"))
         monitor.nothing_more()
         file.truncate(20 * PAGE + 1)
         monitor.expect(raw(pid, 0, "remove", AREA + 21 * PAGE, AREA + size, "truncate"),
                        raw(pid, 0, "remove", twice + 13 * PAGE, twice + 16 * PAGE, "truncate"))
         file.truncate(size)
         monitor.nothing_more()
+    monitor.stop()
+
+
+@e2e()
+def monitor_large_files(sandbox):
+    """While a file is looked at that it takes long to look at, events are read as ever, also a child's."""
+    victim = Victim(sandbox)
+    pages = 100000
+    fd = victim.memory_file(pages * PAGE)
+    victim.map(AREA, pages * PAGE, SHARED, fd)
+    with open(f"/proc/{victim.pid}/fd/{fd}", "rb+", buffering=0) as file:
+        for page in range(0, pages, 2):
+            os.pwrite(file.fileno(), b"x", page * PAGE)
+        monitor = Monitor(sandbox, victim.pid)
+        child = child_of(victim, victim, 5, victim.child_pipes[0], monitor)
+        times, at = [], AREA + 1024 * GIB
+        for page in range(0, 600, 2):  # each a reason to look
+            need(_fallocate(file.fileno(), 3, page * PAGE, PAGE) == 0, "it can be punched")
+            for each in (victim, child):
+                each.call(0, MMAP, at, PAGE, PROT_RW, PRIVATE | ANONYMOUS | FIXED, 2**64 - 1, 0)
+                begin = time.monotonic()
+                each.call(0, MMAP, at, PAGE, PROT_RW, PRIVATE | ANONYMOUS | FIXED, 2**64 - 1, 0)
+                each.call(0, MADVISE, AREA, PAGE, DONTNEED)
+                times.append(time.monotonic() - begin)
+    times.sort()
+    print(f"  {times[len(times) // 2] * 1000:.2f} ms, {times[len(times) * 19 // 20] * 1000:.2f} ms, "
+          f"{times[-1] * 1000:.2f} ms")
+    need(times[len(times) * 19 // 20] < 0.01, "events wait")
+    wait_until(lambda: all(sum(event["pid"] == each.pid and event["reason"] == "punch" and
+                               event["end"] == AREA + 599 * PAGE for event in monitor.events()) == 1
+                           for each in (victim, child)), LIMIT_S, "the last hole is told for both")
     monitor.stop()
 
 
