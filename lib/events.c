@@ -169,7 +169,7 @@ static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
     struct mf_vma vma;
     struct mf_mapping behind;
     struct mf_range dropped[2];
-    if (!has_private(events) || events->layout->overflowed || events->limbo.count > 0 || !context ||
+    if (!has_private(events) || events->layout->lost || events->limbo.count > 0 || !context ||
         context->maps_fd < 0 || context->unknown || events->layout->unsettled)
         return false;
     mf_gate_close(events->gate);
@@ -271,7 +271,7 @@ static void discard_here(struct mf_events *events, uint32_t context, uint32_t re
                             range.start_addr + range.length_bytes, dropped);
             cursor = 0; /* entries have moved */
         }
-    events->layout->overflowed = true;
+    mf_layout_lose(events->layout);
 }
 
 /* @files: not only of private memory, which has nowhere to keep what it discards. */
@@ -339,11 +339,12 @@ static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t 
     uint64_t pages[MF_REGIONS_MAX];
     const struct mf_context *from = mf_context_at(events->contexts, parent);
     struct mf_context *to = mf_context_at(events->contexts, child);
+    const bool lost_before = events->layout->lost;
     for (unsigned i = 0; i < events->region_count; i++)
         pages[i] = events->region[i].pages;
     if (from && mf_zeros_copy(from->zeros, pages, &to->zeros) < 0) {
         no_room(); /* it maps nothing that is known, and so waits */
-        events->layout->overflowed = true;
+        mf_layout_lose(events->layout);
         return;
     }
     struct mf_mapping m;
@@ -353,9 +354,10 @@ static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t 
         if (!is_private(events, &m))
             continue;
         m.context = child;
-        if (mf_layout_learn(events->layout, &m, dropped) > 0)
-            no_room();
+        wake_dropped(events, dropped, mf_layout_learn(events->layout, &m, dropped));
     }
+    if (events->layout->lost && !lost_before)
+        no_room();
 }
 
 /* Return: the new context, UINT32_MAX: none. */

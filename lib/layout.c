@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "lib/layout.h"
 
-#include <errno.h>
-
 /*
  * The orders, without fences (which thread sanitizers don't follow): a field is stored with
  * release, so behind the store that made the sequence odd, and loaded with acquire, so before the
@@ -199,6 +197,17 @@ bool mf_layout_covers(const struct mf_layout *layout, uint32_t context, uint64_t
     return start_addr >= end_addr;
 }
 
+static void leave_out(struct mf_layout *layout, const struct mf_mapping *m,
+                      struct mf_range *dropped)
+{
+    layout->overflowed = true;
+    layout->lost |= mf_layout_keeps(layout, m);
+    *dropped = (struct mf_range){.start_addr = m->start_addr,
+                                 .length_bytes = m->length_bytes,
+                                 .offset_bytes = m->offset_bytes,
+                                 .context = m->context};
+}
+
 static void remove_entry(struct mf_layout *layout, uint32_t i)
 {
     const uint32_t last = count_of(layout) - 1;
@@ -240,11 +249,7 @@ static unsigned cut(struct mf_layout *layout, uint32_t context, uint64_t start_a
             store_entry(&layout->entry[count], &tail);
             set_count(layout, count + 1);
         } else if (dropped_count == 0) {
-            layout->overflowed = true;
-            dropped[dropped_count++] = (struct mf_range){.start_addr = tail.start_addr,
-                                                         .length_bytes = tail.length_bytes,
-                                                         .offset_bytes = tail.offset_bytes,
-                                                         .context = context};
+            leave_out(layout, &tail, &dropped[dropped_count++]);
         }
     }
     return dropped_count;
@@ -267,11 +272,6 @@ static bool continues(const struct mf_mapping *a, const struct mf_mapping *b)
            a->offset_bytes + a->length_bytes == b->offset_bytes;
 }
 
-static bool can_go(const struct mf_layout *layout, const struct mf_mapping *m)
-{
-    return m->region < 64 && !(layout->keep >> m->region & 1);
-}
-
 /* What is left out for @whole: the next one that can be learned again, or, if there is none, @whole
  * itself. Return: where it goes, MF_LAYOUT_MAX: nowhere. */
 static uint32_t make_room(struct mf_layout *layout, const struct mf_mapping *whole,
@@ -279,19 +279,15 @@ static uint32_t make_room(struct mf_layout *layout, const struct mf_mapping *who
 {
     struct mf_mapping gone = *whole;
     uint32_t at = MF_LAYOUT_MAX;
-    layout->overflowed = true;
     for (uint32_t i = 0; at == MF_LAYOUT_MAX && i < MF_LAYOUT_MAX; i++) {
         const uint32_t next = layout->hand++ % MF_LAYOUT_MAX;
         struct mf_mapping m = load_entry(&layout->entry[next]);
-        if (can_go(layout, &m)) {
+        if (!mf_layout_keeps(layout, &m)) {
             gone = m;
             at = next;
         }
     }
-    *dropped = (struct mf_range){.start_addr = gone.start_addr,
-                                 .length_bytes = gone.length_bytes,
-                                 .offset_bytes = gone.offset_bytes,
-                                 .context = gone.context};
+    leave_out(layout, &gone, dropped);
     return at;
 }
 
@@ -338,71 +334,4 @@ void mf_layout_forget(struct mf_layout *layout, uint32_t context)
             i++;
     }
     write_end(layout);
-}
-
-int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
-                    uint64_t to_addr, uint64_t length_bytes)
-{
-    const uint64_t end_addr = from_addr + length_bytes;
-    const uint32_t had = count_of(layout);
-    uint32_t count = had;
-    for (uint32_t i = 0; i < had; i++) {
-        struct mf_mapping m = load_entry(&layout->entry[i]);
-        count += m.context == context && m.start_addr + m.length_bytes > from_addr &&
-                 m.start_addr < end_addr;
-    }
-    if (count > MF_LAYOUT_MAX) {
-        layout->overflowed = true;
-        return -E2BIG;
-    }
-    write_begin(layout);
-    count = had;
-    for (uint32_t i = 0; i < had; i++) {
-        struct mf_mapping m = load_entry(&layout->entry[i]);
-        uint64_t mapped_end = m.start_addr + m.length_bytes;
-        if (m.context != context || mapped_end <= from_addr || m.start_addr >= end_addr)
-            continue;
-        uint64_t start = m.start_addr > from_addr ? m.start_addr : from_addr;
-        uint64_t end = mapped_end < end_addr ? mapped_end : end_addr;
-        struct mf_mapping moved = {.start_addr = to_addr + (start - from_addr),
-                                   .length_bytes = end - start,
-                                   .offset_bytes = m.offset_bytes + (start - m.start_addr),
-                                   .region = m.region,
-                                   .context = context};
-        store_entry(&layout->entry[count++], &moved);
-    }
-    set_count(layout, count);
-    write_end(layout);
-    return 0;
-}
-
-int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
-                    uint64_t start_addr, uint64_t end_addr)
-{
-    for (uint32_t i = 0; i < count_of(layout);) {
-        struct mf_mapping m = load_entry(&layout->entry[i]);
-        const uint64_t mapped_end = m.start_addr + m.length_bytes;
-        if (m.context != context || m.region != region || mapped_end <= start_addr ||
-            m.start_addr >= end_addr) {
-            i++;
-            continue;
-        }
-        if (count_of(layout) + 2 > MF_LAYOUT_MAX) {
-            layout->overflowed = true;
-            return -E2BIG;
-        }
-        const uint64_t from = m.start_addr > start_addr ? m.start_addr : start_addr;
-        const uint64_t to = mapped_end < end_addr ? mapped_end : end_addr;
-        const struct mf_mapping zeros = {.start_addr = from,
-                                         .length_bytes = to - from,
-                                         .region = MF_REGION_ZEROS,
-                                         .context = context};
-        write_begin(layout);
-        cut(layout, context, from, to, NULL);
-        store_entry(&layout->entry[count_of(layout)], &zeros);
-        set_count(layout, count_of(layout) + 1);
-        write_end(layout);
-        i = 0; /* cutting has moved entries */
-    }
-    return 0;
 }

@@ -49,6 +49,7 @@ struct mf_layout {
     _Atomic uint32_t owed;
     bool unsettled;  /**< counted in `owed`: nothing is known yet (mf_layout_unsettle) */
     bool overflowed; /**< something was left out, and what is not here may be mapped all the same */
+    bool lost;       /**< that was something which can't be learned again */
     struct mf_layout_entry entry[MF_LAYOUT_MAX];
 };
 
@@ -104,6 +105,19 @@ static inline void mf_layout_settle(struct mf_layout *layout)
     layout->unsettled = false;
 }
 
+/** mf_layout_keeps() - can @mapping not be learned again? */
+static inline bool mf_layout_keeps(const struct mf_layout *layout, const struct mf_mapping *mapping)
+{
+    return mapping->region == MF_REGION_ZEROS ||
+           (mapping->region < 64 && (layout->keep >> mapping->region & 1));
+}
+
+/** mf_layout_lose() - something that can't be learned again is not known any more. Writer only. */
+static inline void mf_layout_lose(struct mf_layout *layout)
+{
+    layout->overflowed = layout->lost = true;
+}
+
 /** mf_layout_count() - how many mappings are known. Any thread. */
 static inline uint32_t mf_layout_count(const struct mf_layout *layout)
 {
@@ -129,18 +143,3 @@ unsigned mf_layout_learn(struct mf_layout *layout, const struct mf_mapping *mapp
 
 /** mf_layout_forget() - a context is gone. Writer only. */
 void mf_layout_forget(struct mf_layout *layout, uint32_t context);
-
-/**
- * mf_layout_remap() - [@from, +@length_bytes) was moved to @to: the mappings there are added at the
- * new place. The old place goes by the UNMAP that follows; none follows MREMAP_DONTUNMAP. Only for
- * memory that can't be looked up again (private memory has no file to know it by), and only right
- * where no two threads change the same addresses at once. Writer only. Return: 0 or -E2BIG, and
- * nothing was changed.
- */
-int mf_layout_remap(struct mf_layout *layout, uint32_t context, uint64_t from_addr,
-                    uint64_t to_addr, uint64_t length_bytes);
-
-/** mf_layout_zeros() - the part of [@start, @end) in which @region is mapped becomes
- * MF_REGION_ZEROS. Writer only. Return: 0 or -E2BIG. */
-int mf_layout_zeros(struct mf_layout *layout, uint32_t context, uint32_t region,
-                    uint64_t start_addr, uint64_t end_addr);

@@ -22,19 +22,14 @@ static struct mf_mapping clip(const struct mf_mapping *m, uint64_t start, uint64
     return part;
 }
 
-static bool is_kept(const struct mf_layout *layout, const struct mf_mapping *m)
+static void add(struct mf_limbo *limbo, struct mf_layout *layout, const struct mf_mapping *piece)
 {
-    return m->region == MF_REGION_ZEROS || (m->region < 64 && (layout->keep >> m->region & 1));
-}
-
-static int add(struct mf_limbo *limbo, struct mf_layout *layout, const struct mf_mapping *piece)
-{
-    if (limbo->count == MF_LIMBO_MAX) {
-        layout->overflowed = true;
-        return -E2BIG;
+    if (limbo->count < MF_LIMBO_MAX) {
+        limbo->piece[limbo->count++] = *piece;
+        return;
     }
-    limbo->piece[limbo->count++] = *piece;
-    return 0;
+    layout->overflowed = true;
+    layout->lost |= mf_layout_keeps(layout, piece);
 }
 
 /* Which piece in limbo covers @addr: the oldest. Else @next is where the first behind it begins, at
@@ -78,42 +73,41 @@ static struct mf_mapping take(struct mf_limbo *limbo, struct mf_layout *layout, 
 }
 
 /* Whatever is known in [@start, @end) has left before. */
-static int displace(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
-                    uint64_t start, uint64_t end)
+static void displace(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
+                     uint64_t start, uint64_t end)
 {
     struct mf_mapping m;
     struct mf_range dropped[1];
-    int r = 0;
     for (uint64_t at = start;
          at < end && mf_layout_from(layout, context, at, &m) && m.start_addr < end;
          at = end_of(&m)) {
         const struct mf_mapping part = clip(&m, start, end);
-        if (add(limbo, layout, &part) < 0)
-            r = -E2BIG;
+        add(limbo, layout, &part);
     }
     mf_layout_unmap(layout, context, start, end, dropped);
-    return r;
 }
 
 static void count_owed(const struct mf_limbo *limbo, struct mf_layout *layout)
 {
     uint32_t owed = layout->unsettled;
     for (unsigned i = 0; i < limbo->count; i++)
-        owed += limbo->piece[i].region != MF_REGION_ZEROS && is_kept(layout, &limbo->piece[i]);
+        owed +=
+            limbo->piece[i].region != MF_REGION_ZEROS && mf_layout_keeps(layout, &limbo->piece[i]);
     atomic_store_explicit(&layout->owed, owed, memory_order_release);
 }
 
-static int put(struct mf_layout *layout, const struct mf_mapping *mapping)
+static void put(struct mf_layout *layout, const struct mf_mapping *mapping)
 {
     struct mf_range dropped[2];
-    return mf_layout_learn(layout, mapping, dropped) > 0 && is_kept(layout, mapping) ? -E2BIG : 0;
+    mf_layout_learn(layout, mapping, dropped);
 }
 
 int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                    uint64_t from_addr, uint64_t to_addr, uint64_t length_bytes, bool *files)
 {
     const uint64_t from_end = from_addr + length_bytes;
-    int r = displace(limbo, layout, context, to_addr, to_addr + length_bytes);
+    const bool lost_before = layout->lost;
+    displace(limbo, layout, context, to_addr, to_addr + length_bytes);
     *files = false;
     for (uint64_t at = from_addr, next = from_addr; at < from_end; at = next) {
         struct mf_mapping piece;
@@ -130,7 +124,7 @@ int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t co
         if (!in_limbo && piece.start_addr > at)
             *files = true;
         next = end_of(&piece);
-        if (!is_kept(layout, &piece)) {
+        if (!mf_layout_keeps(layout, &piece)) {
             *files = true;
             continue;
         }
@@ -138,14 +132,14 @@ int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t co
         zeros.region = MF_REGION_ZEROS;
         zeros.offset_bytes = 0;
         moved.start_addr = piece.start_addr - from_addr + to_addr;
-        if ((in_limbo ? add(limbo, layout, &zeros) : put(layout, &zeros)) < 0 ||
-            put(layout, &moved) < 0)
-            r = -E2BIG;
-        if (r < 0)
-            layout->overflowed = true;
+        if (in_limbo)
+            add(limbo, layout, &zeros);
+        else
+            put(layout, &zeros);
+        put(layout, &moved);
     }
     count_owed(limbo, layout);
-    return r;
+    return layout->lost && !lost_before ? -E2BIG : 0;
 }
 
 unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,

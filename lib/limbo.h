@@ -38,7 +38,7 @@ struct mf_limbo {
  * mf_limbo_remap() - [@from, +@length_bytes) was moved to @to.
  * @files: set if a piece of a file moved along, or nothing was known: look at what is at @to now.
  *         Regions that can be looked up again are those not in layout->keep.
- * Return: 0, or -E2BIG: something is not known any more (layout->overflowed is set).
+ * Return: 0, or -E2BIG: now something is not known any more (layout->lost is set).
  */
 int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                    uint64_t from_addr, uint64_t to_addr, uint64_t length_bytes, bool *files);

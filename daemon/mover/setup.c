@@ -131,7 +131,7 @@ static void set_layout(struct mover *mover, const struct mf_mapping *handed, uns
                "%s: forked processes wait for ever for private memory that has not arrived: only "
                "the memferry-mover that was killed knew where it belongs",
                mover->name);
-        mover->layout.overflowed = true;
+        mf_layout_lose(&mover->layout);
     }
     mover_keep_layout(mover);
     struct mf_context *target = mf_context_at(&mover->contexts, 0);

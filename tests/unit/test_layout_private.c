@@ -49,48 +49,6 @@ static void expect(uint32_t context, uint64_t addr, int64_t region, uint64_t pag
         assert_int_equal((addr - m.start_addr + m.offset_bytes) / PAGE, page);
 }
 
-static void zeros_in_the_middle_of_one_of_two(void **state)
-{
-    (void)state;
-    struct mf_range range;
-    uint32_t cursor = 0;
-    const struct mf_mapping both[] = {at(0x10000, 16, 0, 0, 0), at(0x10000, 16, 0, 0, 1)};
-    mf_layout_set(&layout, both, 2);
-    assert_int_equal(mf_layout_zeros(&layout, 1, 0, 0x12000, 0x14000), 0);
-    expect(1, 0x11000, 0, 1);
-    expect(1, 0x12000, MF_REGION_ZEROS, 0);
-    expect(1, 0x13fff, MF_REGION_ZEROS, 0);
-    expect(1, 0x14000, 0, 4);
-    expect(0, 0x12000, 0, 2);
-    /* Only one of them is owed the page now. */
-    assert_true(mf_layout_next(&layout, 0, 2 * PAGE, PAGE, &cursor, &range));
-    assert_int_equal(range.context, 0);
-    assert_false(mf_layout_next(&layout, 0, 2 * PAGE, PAGE, &cursor, &range));
-    /* Again, and over its edges: what is zeros stays it. */
-    assert_int_equal(mf_layout_zeros(&layout, 1, 0, 0x10000, 0x13000), 0);
-    expect(1, 0x10000, MF_REGION_ZEROS, 0);
-    expect(1, 0x13000, MF_REGION_ZEROS, 0);
-    assert_int_equal(mf_layout_zeros(&layout, 1, 0, 0, UINT64_MAX), 0);
-    expect(1, 0x1f000, MF_REGION_ZEROS, 0);
-    expect(0, 0x1f000, 0, 15);
-}
-
-static void zeros_move_along_and_go(void **state)
-{
-    (void)state;
-    struct mf_range dropped[2];
-    const struct mf_mapping one = at(0x10000, 16, 0, 3, 0);
-    mf_layout_set(&layout, &one, 1);
-    assert_int_equal(mf_layout_zeros(&layout, 0, 3, 0x11000, 0x12000), 0);
-    assert_int_equal(mf_layout_remap(&layout, 0, 0x10000, 0x80000, 4 * PAGE), 0);
-    expect(0, 0x80000, 3, 0);
-    expect(0, 0x81000, MF_REGION_ZEROS, 0);
-    expect(0, 0x82000, 3, 2);
-    expect(0, 0x84000, -1, 0);
-    assert_int_equal(mf_layout_unmap(&layout, 0, 0x80000, 0x84000, dropped), 0);
-    expect(0, 0x81000, -1, 0);
-}
-
 /* Mappings of files make room; where only private memory is left, what is new is left out. */
 static void private_memory_is_not_left_out_for_files(void **state)
 {
@@ -114,13 +72,48 @@ static void private_memory_is_not_left_out_for_files(void **state)
         expect(1, m.start_addr, 2, i);
     }
     assert_true(layout.overflowed);
+    assert_false(layout.lost);
     const struct mf_mapping more = at(0xa00000000, 1, 5, 2, 1);
     assert_int_equal(mf_layout_learn(&layout, &more, dropped), 1);
     assert_int_equal(dropped[0].start_addr, more.start_addr);
     expect(1, more.start_addr, -1, 0);
     expect(0, 0x100000, 2, 0);
-    /* Cutting in two takes a place more; then that part is not known any more, but never wrong. */
-    assert_int_equal(mf_layout_zeros(&layout, 0, 2, 0x100000, 0x101000), -E2BIG);
+    assert_true(layout.lost);
+}
+
+/* Cutting in two takes a place more: then that part is not known any more, but never wrong. */
+static void what_is_cut_off_may_be_lost(void **state)
+{
+    (void)state;
+    struct mf_range dropped[2];
+    layout.keep = 1u << 2;
+    for (uint32_t i = 0; i < MF_LAYOUT_MAX; i++) {
+        const struct mf_mapping m =
+            at(0x100000 + i * UINT64_C(0x10000), 3, 7 * i, i % 2 ? 2 : 0, 0);
+        assert_int_equal(mf_layout_learn(&layout, &m, dropped), 0);
+    }
+    assert_int_equal(mf_layout_unmap(&layout, 0, 0x101000, 0x102000, dropped), 1);
+    assert_true(layout.overflowed);
+    assert_false(layout.lost);
+    assert_int_equal(mf_layout_unmap(&layout, 0, 0x111000, 0x112000, dropped), 1);
+    assert_true(layout.lost);
+    expect(0, 0x110000, 2, 7);
+    expect(0, 0x112000, -1, 0);
+}
+
+static void zeros_that_are_left_out_are_lost(void **state)
+{
+    (void)state;
+    struct mf_range dropped[2];
+    layout.keep = 1u << 2;
+    for (uint32_t i = 0; i < MF_LAYOUT_MAX; i++) {
+        const struct mf_mapping m = at(0x100000 + i * UINT64_C(0x10000), 1, i, 2, 0);
+        assert_int_equal(mf_layout_learn(&layout, &m, dropped), 0);
+    }
+    const struct mf_mapping zeros = at(0xa00000000, 1, 0, MF_REGION_ZEROS, 0);
+    assert_int_equal(mf_layout_learn(&layout, &zeros, dropped), 1);
+    assert_int_equal(dropped[0].start_addr, zeros.start_addr);
+    assert_true(layout.lost);
 }
 
 static void a_successor_finds_what_was_kept(void **state)
@@ -170,9 +163,9 @@ static void a_successor_finds_what_was_kept(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup(zeros_in_the_middle_of_one_of_two, fresh),
-        cmocka_unit_test_setup(zeros_move_along_and_go, fresh),
         cmocka_unit_test_setup(private_memory_is_not_left_out_for_files, fresh),
+        cmocka_unit_test_setup(what_is_cut_off_may_be_lost, fresh),
+        cmocka_unit_test_setup(zeros_that_are_left_out_are_lost, fresh),
         cmocka_unit_test(a_successor_finds_what_was_kept),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -118,7 +118,7 @@ void catch_up(struct mover *mover, void (*read)(void *arg, uint32_t context), vo
                "%s: its private memory was being moved when memferry-mover died, and it can't be "
                "told to where: who touches that waits until the session ends",
                mover->name);
-        mover->layout.overflowed = true;
+        mf_layout_lose(&mover->layout);
     }
     if (known)
         put_back(mover, now, now_count);
