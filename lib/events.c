@@ -544,12 +544,22 @@ static int read_all(struct mf_events *events, uint32_t context)
     return event;
 }
 
+/* What displaced a piece found its place free, so the piece had left before, and from then on until
+ * that event is read one is pending. If none is, none is to come. */
+static void settle_limbo(struct mf_events *events, uint32_t context)
+{
+    if (mf_limbo_holds(&events->limbo, context) &&
+        mf_uffd_event_pending(uffd_of(events, context)) == 0)
+        mf_limbo_forget(&events->limbo, events->layout, context);
+}
+
 int mf_events_read(struct mf_events *events, uint32_t context)
 {
     if (!mf_context_at(events->contexts, context))
         return 0;
     mf_gate_close(events->gate);
     int r = read_all(events, context);
+    settle_limbo(events, context);
     mf_gate_open(events->gate);
     return r;
 }
@@ -586,7 +596,7 @@ static bool read_unread(struct mf_events *events)
     for (uint32_t i = 0; i < events->contexts->count; i++) {
         const struct mf_context *context = mf_context_at(events->contexts, i);
         /* What fails is met again by whoever waits for the userfaultfd. */
-        if (context && context->unread_ns)
+        if (context && (context->unread_ns || mf_limbo_holds(&events->limbo, i)))
             event |= mf_events_read(events, i) > 0;
     }
     return event;
@@ -594,7 +604,7 @@ static bool read_unread(struct mf_events *events)
 
 void mf_events_give_up_parked(struct mf_events *events)
 {
-    if (events->unread && read_unread(events)) {
+    if ((events->unread || events->limbo.count > 0) && read_unread(events)) {
         mf_events_serve(events, true);
         return; /* they have had another chance just now */
     }

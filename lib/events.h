@@ -143,12 +143,12 @@ int mf_events_read(struct mf_events *events, uint32_t context);
  * nothing if it is already under way. */
 void mf_events_serve(struct mf_events *events, bool event);
 
-/** mf_events_parked() - are faults waiting for an event that explains them, or messages to be read
- * because who sends an event is not to be seen yet? Then call mf_events_give_up_parked() within
- * some milliseconds. */
+/** mf_events_parked() - are faults waiting for an event that explains them, messages to be read
+ * because who sends an event is not to be seen yet, or pieces of memory in limbo? Then call
+ * mf_events_give_up_parked() within some milliseconds. */
 static inline bool mf_events_parked(const struct mf_events *events)
 {
-    return events->parked_count > 0 || events->unread;
+    return events->parked_count > 0 || events->unread || events->limbo.count > 0;
 }
 
 /** mf_events_give_up_parked() - try the parked ones once more, and let those that still nothing

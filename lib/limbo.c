@@ -163,6 +163,14 @@ unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32
     return count;
 }
 
+bool mf_limbo_holds(const struct mf_limbo *limbo, uint32_t context)
+{
+    for (unsigned i = 0; i < limbo->count; i++)
+        if (limbo->piece[i].context == context)
+            return true;
+    return false;
+}
+
 void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context)
 {
     unsigned kept = 0;

@@ -48,8 +48,15 @@ int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t co
 unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                         uint64_t start_addr, uint64_t end_addr, struct mf_range *dropped);
 
-/** mf_limbo_forget() - a context is gone. */
+/** mf_limbo_holds() - is anything of @context in limbo? */
+bool mf_limbo_holds(const struct mf_limbo *limbo, uint32_t context);
+
+/**
+ * mf_limbo_forget() - of this context no event is still to come: what is in limbo is gone. Either
+ * the context is, or it never had it (a child that was forked while another thread moved memory, or
+ * without what is MADV_DONTFORK), and moves something to where it was thought to be.
+ */
 void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context);
 
-/** mf_limbo_clear() - no event is still to come: what is in limbo is gone. */
+/** mf_limbo_clear() - the same of all contexts. */
 void mf_limbo_clear(struct mf_limbo *limbo, struct mf_layout *layout);

@@ -24,7 +24,8 @@
  * LETTERS: w write, v verify, d discard (MADV_REMOVE), n drop (MADV_DONTNEED), m move (mremap), u
  *   duplicate and unmap, p protect, f fork a child that verifies, F fork one that writes, M map the
  *   file anew, l lock and unlock (mlock), r read through a second mapping, which can't be written
- * to, g grow and shrink (private only). The default is w, v, d, n, m, u, p and f.
+ * to, g grow and shrink (private only), o fork a child without one chunk (MADV_DONTFORK), which
+ * moves another to its place (private only). The default is w, v, d, n, m, u, p and f.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -450,6 +451,39 @@ static bool may_move(void)
     return !private_memory || waiting;
 }
 
+static void fork_without(struct worker *w, unsigned region, unsigned chunk)
+{
+    const unsigned other = (chunk + 1) % CHUNKS;
+    const uint64_t bytes = chunk_pages() * page_bytes;
+    uint8_t *to = w->chunk[region][chunk], *from = w->chunk[region][other];
+    if (madvise(to, bytes, MADV_DONTFORK) != 0)
+        die("MADV_DONTFORK");
+    pid_t pid = fork();
+    if (pid < 0)
+        die("fork");
+    if (pid == 0) {
+        const uint64_t wrong_before = wrong_pages;
+        uint8_t *at = mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+        if (stays(at))
+            _exit(0);
+        if (at == MAP_FAILED)
+            die("mremap in a child");
+        for (uint64_t page = 0; page < chunk_pages(); page += 5)
+            verify(at + page * page_bytes, region, first_page(w, other) + page);
+        usleep(20000); /* others want pages meanwhile */
+        _exit(wrong_pages != wrong_before ? 1 : 0);
+    }
+    int status = 1;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+        fprintf(stderr, "WRONG a child without a chunk ended with status %#x\n", (unsigned)status);
+        atomic_fetch_add(&wrong_pages, 1);
+    }
+    if (madvise(to, bytes, MADV_DOFORK) != 0)
+        die("MADV_DOFORK");
+}
+
 static void work_once(struct worker *w)
 {
     const unsigned region = (unsigned)draw(w, regions), chunk = (unsigned)draw(w, CHUNKS);
@@ -513,6 +547,10 @@ static void work_once(struct worker *w)
             fork_private_child(w, region, chunk);
         else if (draw(w, 64) == 0 && !private_memory)
             fork_child(w, region, chunk, true);
+        break;
+    case 'o':
+        if (draw(w, 64) == 0 && private_memory && may_move())
+            fork_without(w, region, chunk);
         break;
     default:
         die("no operation");

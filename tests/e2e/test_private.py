@@ -89,6 +89,12 @@ def private_forks(sandbox):
 
 
 @e2e(limit_s=150)
+def private_not_inherited(sandbox):
+    """Children move memory to where they have none and their parent has some."""
+    whole_way(sandbox, "--mode", "postcopy", "--bandwidth", "60M", ops="wwvvddoooo")
+
+
+@e2e(limit_s=150)
 def private_and_shared(sandbox):
     """Private regions beside one that is a file: the model itself lies in shared memory."""
     # A child would share the model, though not the memory that it is of.

@@ -149,6 +149,28 @@ static void files_are_looked_up(void **state)
     assert_true(files);
 }
 
+/* A child that never had what its parent has there: no event tells of that. */
+static void what_never_was_there_does_not_stay_in_limbo(void **state)
+{
+    (void)state;
+    map(0x10000, 4, 0);
+    map(0x20000, 4, 100);
+    remap(0x10000, 0x20000, 4);
+    unmap(0x10000, 4);
+    expect(0x20000, 0);
+    assert_true(mf_limbo_holds(&limbo, 0));
+    assert_false(mf_limbo_holds(&limbo, 1));
+    assert_int_equal(layout.owed, 1);
+    mf_limbo_forget(&limbo, &layout, 1);
+    assert_int_equal(layout.owed, 1);
+    mf_limbo_forget(&limbo, &layout, 0);
+    assert_false(mf_limbo_holds(&limbo, 0));
+    assert_int_equal(layout.owed, 0);
+    expect(0x20000, 0);
+    unmap(0x20000, 4);
+    expect(0x20000, -1);
+}
+
 /* ---- any order that can be, against what truly is ---- */
 
 #define PLACES 6u
@@ -238,6 +260,7 @@ int main(void)
         cmocka_unit_test_setup(in_order, fresh),
         cmocka_unit_test_setup(what_came_to_a_place_stays_when_the_place_is_left, fresh),
         cmocka_unit_test_setup(files_are_looked_up, fresh),
+        cmocka_unit_test_setup(what_never_was_there_does_not_stay_in_limbo, fresh),
         cmocka_unit_test(by_chance),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
