@@ -8,8 +8,10 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,17 +34,30 @@
 #define SCAN_ANYWAY_NS                                                                             \
     UINT64_C(250000000)                  /**< mappings may be replaced by others of equal size     \
                                           */
+#define RETRY_NS UINT64_C(1000000000)    /**< after a failure to attach to what was executed */
 #define SERVE_NS UINT64_C(200000)        /**< for looking while events may wait */
 #define EXEC_NEWS_NS UINT64_C(200000000) /**< for the kernel to tell of an exec that is noticed */
 #define SPARE_DESCRIPTORS 48 /**< for looking, and for what a process takes beside its first */
 
+/** struct attachment - to what a process has executed, by a thread of its own: it may take seconds
+ * where the process does not run, and others must not wait for that. */
+struct attachment {
+    pthread_t thread;
+    struct mf_watch watch; /**< only the process; its userfaultfd is handed over */
+    struct mf_error err;
+    int rc;
+    atomic_bool done;
+};
+
 /** struct followed - a process that is monitored.
- * @since_ns: earlier execs are none of ours. */
+ * @since_ns: earlier execs are none of ours.
+ * @retry_ns: when to try again to attach to what it has executed. */
 struct followed {
     struct mf_watch watch;
     struct mf_watch_files files;
-    uint64_t since_ns, scanned_ns, scan_cost_ns, dead_since_ns;
-    bool unwatched; /**< after an exec it could not be attached to again */
+    struct attachment *attachment; /**< under way, or NULL */
+    uint64_t since_ns, scanned_ns, scan_cost_ns, dead_since_ns, retry_ns;
+    bool failure_told, unwatched; /**< not attached to what it has executed, for the time being */
 };
 
 struct monitor {
@@ -104,9 +119,26 @@ static struct followed *follow(struct monitor *monitor)
     return one;
 }
 
+/** end_attachment() - waits for it. Return: its userfaultfd, or -errno with a sentence. */
+static int end_attachment(struct followed *one, struct mf_error *err)
+{
+    struct attachment *attachment = one->attachment;
+    one->attachment = NULL;
+    pthread_join(attachment->thread, NULL);
+    int rc = attachment->rc < 0 ? attachment->rc : mf_steal_fd(&attachment->watch.uffd);
+    *err = attachment->err;
+    mf_watch_end(&attachment->watch);
+    free(attachment);
+    return rc;
+}
+
 static void unfollow(struct monitor *monitor, size_t index)
 {
     struct followed *one = monitor->list[index];
+    struct mf_error err;
+    int uffd = one->attachment ? end_attachment(one, &err) : -1;
+    if (uffd >= 0)
+        close(uffd);
     mf_watch_files_free(&one->files);
     mf_watch_end(&one->watch);
     free(one);
@@ -187,22 +219,6 @@ static void scan_if_due(struct monitor *monitor, struct followed *one)
         scan(monitor, one);
 }
 
-/** attach_again() - after an exec, to what it is now. */
-static void attach_again(struct monitor *monitor, struct followed *one)
-{
-    struct mf_error err;
-    mf_watch_files_free(&one->files);
-    one->dead_since_ns = 0;
-    if (mf_watch_attach(&one->watch, &err) == 0) {
-        scan(monitor, one);
-        return;
-    }
-    mf_watch_let_go(&one->watch);
-    one->unwatched = true;
-    if (err.code != ESRCH)
-        notice("the program that process %d executed is not watched: %s", one->watch.pid, err.text);
-}
-
 static void tell_exec(struct monitor *monitor, const struct followed *one)
 {
     const struct mf_change change = {.pid = one->watch.pid,
@@ -212,6 +228,59 @@ static void tell_exec(struct monitor *monitor, const struct followed *one)
     print_change(monitor, &change);
 }
 
+static void *attach(void *arg)
+{
+    struct attachment *attachment = arg;
+    attachment->rc = mf_watch_attach(&attachment->watch, &attachment->err);
+    atomic_store(&attachment->done, true);
+    return NULL;
+}
+
+/** attach_again() - begin to, after an exec, to what it is now. */
+static void attach_again(struct followed *one)
+{
+    struct attachment *attachment = calloc(1, sizeof(*attachment));
+    mf_watch_files_free(&one->files);
+    mf_watch_let_go(&one->watch);
+    one->dead_since_ns = 0;
+    one->unwatched = true;
+    one->retry_ns = mf_now_ns() + RETRY_NS;
+    if (attachment && mf_watch_find(&attachment->watch, one->watch.pid, NULL) == 0) {
+        if (pthread_create(&attachment->thread, NULL, attach, attachment) == 0) {
+            one->attachment = attachment;
+            return;
+        }
+        mf_watch_end(&attachment->watch);
+    }
+    free(attachment);
+}
+
+/** attached() - see what has come of it. */
+static void attached(struct monitor *monitor, struct followed *one)
+{
+    struct mf_error err;
+    int uffd = end_attachment(one, &err);
+    if (uffd < 0) {
+        if (!one->failure_told && err.code != ESRCH)
+            notice("the program that process %d executed is not watched, for now: %s",
+                   one->watch.pid, err.text);
+        one->failure_told |= err.code != ESRCH;
+        one->retry_ns = mf_now_ns() + RETRY_NS;
+        return;
+    }
+    if (!mf_uffd_alive(uffd)) { /* of what it was before one more exec */
+        close(uffd);
+        if (monitor->execs_fd < 0 && mf_watch_has_memory(&one->watch))
+            tell_exec(monitor, one);
+        one->retry_ns = 0;
+        return;
+    }
+    one->watch.uffd = uffd;
+    one->watch.stale = true;
+    one->unwatched = one->failure_told = false;
+    scan(monitor, one);
+}
+
 static struct followed *find_followed(const struct monitor *monitor, pid_t pid)
 {
     for (size_t i = 0; i < monitor->count; i++) {
@@ -219,6 +288,17 @@ static struct followed *find_followed(const struct monitor *monitor, pid_t pid)
             return monitor->list[i];
     }
     return NULL;
+}
+
+/** attach_if_due() - what an exec has left unwatched. */
+static void attach_if_due(struct monitor *monitor, struct followed *one)
+{
+    if (!one->unwatched || (one->attachment && !atomic_load(&one->attachment->done)))
+        return;
+    if (one->attachment)
+        attached(monitor, one);
+    else if (mf_now_ns() >= one->retry_ns && !mf_watch_has_ended(&one->watch))
+        attach_again(one);
 }
 
 /** read_execs() - those that the kernel tells of. What a process did before comes first; several in
@@ -236,19 +316,17 @@ static void read_execs(struct monitor *monitor)
         if (one->watch.uffd >= 0 && mf_uffd_alive(one->watch.uffd))
             continue;
         mf_watch_let_go(&one->watch);
-        one->unwatched = false;
-        any = true;
+        one->unwatched = any = true;
+        one->retry_ns = 0; /* at once */
     }
-    for (size_t i = 0; any && i < monitor->count; i++) {
-        struct followed *one = monitor->list[i];
-        if (one->watch.uffd < 0 && !one->unwatched && !mf_watch_has_ended(&one->watch))
-            attach_again(monitor, one);
-    }
+    for (size_t i = 0; any && i < monitor->count; i++)
+        attach_if_due(monitor, monitor->list[i]);
 }
 
 /** look_after() - what sends no event: an exec, new mappings, files. */
 static void look_after(struct monitor *monitor, struct followed *one)
 {
+    attach_if_due(monitor, one);
     if (one->unwatched || mf_watch_has_ended(&one->watch))
         return;
     if (!mf_uffd_alive(one->watch.uffd)) {
@@ -259,7 +337,7 @@ static void look_after(struct monitor *monitor, struct followed *one)
         if (monitor->execs_fd >= 0 && now_ns - one->dead_since_ns < EXEC_NEWS_NS)
             return; /* read_execs() will have it */
         tell_exec(monitor, one);
-        attach_again(monitor, one);
+        attach_again(one);
         return;
     }
     scan_if_due(monitor, one);
@@ -291,8 +369,9 @@ static bool wait_for_something(const struct monitor *monitor, int signal_fd)
 static bool see_off(struct monitor *monitor, size_t index)
 {
     struct followed *one = monitor->list[index];
-    if (!mf_watch_has_ended(&one->watch))
-        return false;
+    if (!mf_watch_has_ended(&one->watch) ||
+        (one->attachment && !atomic_load(&one->attachment->done)))
+        return false; /* if only because attaching must find that out first */
     read_events(monitor, one);
     if (one->watch.pid) {
         const struct mf_change change = {
@@ -322,8 +401,8 @@ static void run(struct monitor *monitor, int signal_fd)
         if (asked || mf_watch_has_ended(&monitor->list[0]->watch)) {
             read_execs(monitor);
             see_off_children(monitor);
-            see_off(monitor, 0);
-            return;
+            if (see_off(monitor, 0) || asked)
+                return;
         }
         /* With many children it takes a while: a tenth of the time at most. */
         uint64_t begin_ns = mf_now_ns();
@@ -460,7 +539,10 @@ int verb_monitor(const struct cli_args *args)
                "CAP_CHECKPOINT_RESTORE), so holes punched into them are not seen");
 
     run(&monitor, signal_fd);
-    /* Letting go of a process is closing the descriptor: the kernel unregisters everything. */
+    /* Letting go of a process is closing the descriptor: the kernel unregisters everything. What is
+     * still being attached to is waited for, but not by the others. */
+    for (size_t i = 0; i < monitor.count; i++)
+        mf_watch_let_go(&monitor.list[i]->watch);
     while (monitor.count)
         unfollow(&monitor, monitor.count - 1);
     free(monitor.list);
