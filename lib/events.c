@@ -2,6 +2,7 @@
 #include "lib/events.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <string.h>
 #include <time.h>
@@ -364,6 +365,9 @@ static void inherit_private(struct mf_events *events, uint32_t parent, uint32_t 
 static uint32_t forked(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
 {
     const int uffd = (int)message->arg.fork.ufd;
+    /* Its flags are those with which its parent's was made, whatever was done to that since; and
+     * who reads must not wait. */
+    fcntl(uffd, F_SETFL, O_RDONLY | O_NONBLOCK);
     const int index = mf_contexts_add(events->contexts, uffd, -1, true);
     if (index < 0 && events->watch == MF_EVENTS_WRITES) {
         close(uffd); /* it waits for nothing */

@@ -173,6 +173,24 @@ static void registering_what_another_owns_is_ebusy(void **state)
     area_free(&area);
 }
 
+/** Refused since about 6.17; before that nobody looked whose it was. */
+static void unregistering_what_another_owns_may_be_done(void **state)
+{
+    (void)state;
+    struct area area;
+    area_make(&area, AREA_SHMEM, 2);
+    area_register(&area, BOTH_MODES);
+    cleanup_close int other = mf_uffd_open();
+    assert_int_equal(mf_uffd_api(other, MF_UFFD_FEATURES, 0, NULL, &(struct mf_error){0}), 0);
+    struct uffdio_range range = {.start = (uintptr_t)area.guest, .len = area.length_bytes};
+    const int code = ioctl_errno(other, UFFDIO_UNREGISTER, &range);
+    /* If it was done it is no longer the first one's, and can be had. */
+    assert_int_equal(range_register(other, area.guest, area.length_bytes, BOTH_MODES),
+                     code == 0 ? 0 : EBUSY);
+    assert_true(code == 0 || code == EINVAL);
+    area_free(&area);
+}
+
 /** A process that has ended: fills say ESRCH and leave the result field alone. */
 static void after_exit_fills_are_esrch(void **state)
 {
@@ -378,6 +396,7 @@ int main(int argc, char **argv)
         FACT(continue_beyond_the_file_is_refused),
         FACT(zeropage_on_shmem),
         FACT(registering_what_another_owns_is_ebusy),
+        FACT(unregistering_what_another_owns_may_be_done),
         FACT(after_exit_fills_are_esrch),
         FACT_NEEDS(continue_overwrites_poison, UFFD_FEATURE_POISON),
         FACT_NEEDS(zeropage_leaves_poison_in_private_memory, UFFD_FEATURE_POISON),

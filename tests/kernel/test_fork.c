@@ -104,6 +104,25 @@ static void a_fork_without_a_free_descriptor_stays_queued(void **state)
     area_free(&area);
 }
 
+static void a_childs_descriptor_has_the_flags_its_parents_was_made_with(void **state)
+{
+    (void)state;
+    struct area area;
+    make_with_fork(&area); /* made O_NONBLOCK */
+    struct uffd_msg message;
+    struct actor forker = {.act = ACT_CALL, .call = call_fork};
+    actor_start(&forker);
+    await_readable(area.uffd);
+    assert_int_equal(fcntl(area.uffd, F_SETFL, O_RDONLY), 0);
+    assert_int_equal(read(area.uffd, &message, sizeof(message)), sizeof(message));
+    assert_int_equal(message.event, UFFD_EVENT_FORK);
+    cleanup_close int childs = (int)message.arg.fork.ufd;
+    assert_true(fcntl(childs, F_GETFL) & O_NONBLOCK);
+    actor_finish(&forker);
+    assert_int_equal(exit_code(forker.rc), 0);
+    area_free(&area);
+}
+
 static void without_its_userfaultfd_a_child_reads_zeros(void **state)
 {
     (void)state;
@@ -178,6 +197,8 @@ int main(int argc, char **argv)
     static const struct fact facts[] = {
         FACT_NEEDS(a_fork_hands_over_a_descriptor_and_holds_the_parent, UFFD_FEATURE_EVENT_FORK),
         FACT_NEEDS(a_fork_without_a_free_descriptor_stays_queued, UFFD_FEATURE_EVENT_FORK),
+        FACT_NEEDS(a_childs_descriptor_has_the_flags_its_parents_was_made_with,
+                   UFFD_FEATURE_EVENT_FORK),
         FACT_NEEDS(without_its_userfaultfd_a_child_reads_zeros, UFFD_FEATURE_EVENT_FORK),
         FACT(without_event_fork_the_copy_is_not_watched),
         FACT_NEEDS(a_vfork_is_not_told, UFFD_FEATURE_EVENT_FORK),
