@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,7 @@
 
 #define PARKED_RETRY_NS UINT64_C(5000000)
 #define LOOK_NS UINT64_C(100000000)    /**< how often it is looked whose process has ended */
+#define STRUCT_BYTES_MAX 4096u         /**< no version has or will have a larger one */
 #define LINGER_NS UINT64_C(2000000000) /**< what is on its way takes microseconds, as a rule */
 #define WAKE_TAG UINT32_MAX
 #define TIMER_TAG (UINT32_MAX - 1)
@@ -50,6 +52,31 @@ int server_fail(int code, const char *fmt, ...)
 int server_pass(const struct mf_error *err)
 {
     return server_fail(err->code, "%s", err->text);
+}
+
+/* ---- structs and flags ---- */
+
+int server_take(void *to, size_t size, const void *from, const char *what)
+{
+    size_t given;
+    memcpy(&given, from, sizeof(given));
+    if (given <= sizeof(given))
+        return server_fail(EINVAL, "a %s has no struct_bytes", what);
+    for (size_t i = size; i < given; i++)
+        if (i >= STRUCT_BYTES_MAX || ((const char *)from)[i])
+            return server_fail(E2BIG, "a %s has something that this version (%s) does not know",
+                               what, MF_VERSION);
+    memset(to, 0, size);
+    memcpy(to, from, given < size ? given : size);
+    return 0;
+}
+
+int server_check_flags(uint32_t flags, uint32_t known, const char *what)
+{
+    return flags & ~known
+               ? server_fail(EINVAL, "a %s has flags (%#x) that this version (%s) does not know",
+                             what, flags & ~known, MF_VERSION)
+               : 0;
 }
 
 /* ---- turns and jobs ---- */
@@ -167,7 +194,7 @@ static void set_alarm(uint64_t *alarm_ns, bool wanted, uint64_t after_ns)
 static void set_timer(struct memferry_server *s)
 {
     set_alarm(&s->parked_at_ns, mf_events_parked(&s->events), PARKED_RETRY_NS);
-    set_alarm(&s->look_at_ns, s->contexts.used > s->own_contexts || s->held_contexts, LOOK_NS);
+    set_alarm(&s->look_at_ns, s->contexts.used > s->opened || s->held_contexts, LOOK_NS);
     const uint64_t at_ns =
         earlier(earlier(s->parked_at_ns, s->look_at_ns), atomic_load(&s->again_at_ns));
     if (at_ns == s->timer_ns)
@@ -219,6 +246,9 @@ static int spin(struct memferry_server *s, uint64_t faults_before)
                 return r;
         }
         now_ns = mf_now_ns();
+        set_timer(s);
+        if (s->timer_ns && now_ns >= s->timer_ns) /* what has its time comes first */
+            break;
         uint64_t seen = atomic_load_explicit(&s->faults, memory_order_relaxed);
         if (seen != faults) {
             faults = seen;
@@ -384,16 +414,22 @@ static void close_own(const struct memferry_server *s)
 int memferry_server_new(const struct memferry_server_options *options,
                         struct memferry_server **server)
 {
+    struct memferry_server_options all = {0};
+    int r = options ? server_take(&all, sizeof(all), options, "struct memferry_server_options") : 0;
+    if (r == 0)
+        r = server_check_flags(
+            all.flags, MEMFERRY_FOLLOW_FORKS | MEMFERRY_REMOVE_DISCARDS | MEMFERRY_USER_FAULTS,
+            "server");
+    if (r < 0)
+        return r;
     struct memferry_server *s = calloc(1, sizeof(*s));
     if (!s)
         return server_fail(ENOMEM, "out of memory for a server");
-    if (options)
-        memcpy(&s->options, options,
-               options->struct_bytes < sizeof(*options) ? options->struct_bytes : sizeof(*options));
+    s->options = all;
     s->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    int r = s->epoll_fd < 0 || s->wake_fd < 0 || s->timer_fd < 0 ? -errno : 0;
+    r = s->epoll_fd < 0 || s->wake_fd < 0 || s->timer_fd < 0 ? -errno : 0;
     if (r == 0)
         r = wait_for(s, s->wake_fd, WAKE_TAG);
     if (r == 0)
@@ -419,12 +455,21 @@ int memferry_server_set_provider(struct memferry_server *s,
 {
     if (s->provider.want || s->started)
         return server_fail(EALREADY, "the server has a provider, or serves already");
-    memset(&s->provider, 0, sizeof(s->provider));
-    memcpy(&s->provider, provider,
-           provider->struct_bytes < sizeof(*provider) ? provider->struct_bytes : sizeof(*provider));
-    if (!s->provider.want)
+    struct memferry_provider all;
+    int r = server_take(&all, sizeof(all), provider, "struct memferry_provider");
+    if (r < 0)
+        return r;
+    if (!all.want)
         return server_fail(EINVAL, "a provider needs a function `want'");
+    s->provider = all;
     return 0;
+}
+
+int server_check_out(const struct memferry_provider *out)
+{
+    return out->struct_bytes < offsetof(struct memferry_provider, close) + sizeof(out->close)
+               ? server_fail(EINVAL, "there is no room for a provider: struct_bytes is not set")
+               : 0;
 }
 
 int server_give_provider(const struct memferry_provider *provider, struct memferry_provider *out)

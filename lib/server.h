@@ -109,7 +109,8 @@ struct memferry_server {
     _Atomic bool stop;
     int ended; /**< why the thread ended by itself */
 
-    uint32_t own_contexts;  /**< not children */
+    uint32_t own_contexts;  /**< not children; of these … */
+    uint32_t opened;        /**< … so many are this process's, which does not end before it */
     uint32_t held_contexts; /**< see lib/context.h */
     uint64_t look_at_ns;   /**< when to look whose process has ended, and at those held; 0: never */
     uint64_t parked_at_ns; /**< when parked faults are given up, 0: there are none */
@@ -126,6 +127,17 @@ struct memferry_server {
 int server_fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /** server_pass() - the same from a struct mf_error. Return: -err->code. */
 int server_pass(const struct mf_error *err);
+
+/** server_take() - a struct of the caller's, which begins with its struct_bytes, into the @size
+ * bytes that this library knows at @to: what it has not got is 0. @what: for the sentence. Return:
+ * 0; -EINVAL: it does not say how large it is; -E2BIG: it has something that is not known. */
+int server_take(void *to, size_t size, const void *from, const char *what);
+
+/** server_check_flags() - Return: 0, or -EINVAL with a sentence: others than @known. */
+int server_check_flags(uint32_t flags, uint32_t known, const char *what);
+
+/** server_check_out() - is there room for a provider? Return: 0 or -EINVAL with a sentence. */
+int server_check_out(const struct memferry_provider *out);
 
 /** server_give_provider() - copy as much of @provider to its user as his struct_bytes says. Return:
  * 0. */
@@ -205,4 +217,6 @@ unsigned server_observe(void *server, uint32_t context);
 void server_forget_twin(struct memferry_server *server, uint32_t context);
 enum mf_removed server_removed(void *server, uint32_t context, uint64_t start_addr,
                                uint64_t end_addr);
+/** server_exited() - tell that a context's process is gone. */
+void server_exited(struct memferry_server *server, uint32_t context);
 void server_changed(void *server, uint32_t context, const struct uffd_msg *message, uint32_t child);

@@ -55,7 +55,7 @@ static void ask(struct memferry_server *s, uint32_t region, uint64_t page)
     s->asking = false;
     if (answer == MEMFERRY_LATER)
         return;
-    if (answer > MEMFERRY_LATER || want.pages == 0 || want.pages > offered)
+    if (answer >= 0 && (answer > MEMFERRY_LATER || want.pages == 0 || want.pages > offered))
         answer = -EPROTO;
     if (answer < 0)
         server_failed(s, &s->lander, region, page, 1, answer);
@@ -186,19 +186,26 @@ static int on_maps(void *argument, uint32_t context, pid_t tid, uint64_t addr)
     return fd >= 0 ? fd : -ENOENT;
 }
 
+static void let_go(struct memferry_server *s, uint32_t context)
+{
+    const struct mf_context *of = mf_context_at(&s->contexts, context);
+    server_exited(s, context);
+    if (of->held)
+        s->held_contexts--;
+    else
+        server_watch(s, context, false);
+    s->own_contexts -= !of->child;
+    server_forget_twin(s, context);
+    mf_events_drop(&s->events, context);
+}
+
 /* Nothing tells of an exit. */
 void server_look_around(struct memferry_server *s)
 {
     for (uint32_t i = 0; i < s->contexts.count; i++) {
         const struct mf_context *context = mf_context_at(&s->contexts, i);
-        if (!context || !context->child || mf_uffd_alive(context->uffd))
-            continue;
-        if (context->held)
-            s->held_contexts--;
-        else
-            server_watch(s, i, false);
-        server_forget_twin(s, i);
-        mf_events_drop(&s->events, i);
+        if (context && !mf_uffd_alive(context->uffd))
+            let_go(s, i);
     }
     for (uint32_t i = 0; s->held_contexts > 0 && i < s->contexts.count; i++) {
         const struct mf_context *context = mf_context_at(&s->contexts, i);

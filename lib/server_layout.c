@@ -19,6 +19,7 @@
 struct new_context {
     int fd, maps_fd;
     pid_t pid;
+    bool opened; /**< here, for this process */
 };
 
 static int add_context(struct memferry_server *s, void *argument)
@@ -32,6 +33,7 @@ static int add_context(struct memferry_server *s, void *argument)
     if (context < 0)
         return server_fail(-context, "no room for another context: %s", strerror(-context));
     s->own_contexts++;
+    s->opened += made->opened;
     mf_context_at(&s->contexts, (uint32_t)context)->pid = made->pid;
     int r = server_watch(s, (uint32_t)context, true);
     if (r < 0) {
@@ -39,6 +41,7 @@ static int add_context(struct memferry_server *s, void *argument)
         mf_contexts_drop(&s->contexts, (uint32_t)context);
         mf_gate_open(&s->gate);
         s->own_contexts--;
+        s->opened -= made->opened;
         /* Its descriptors are closed: not ENOSPC and its like, after which they are the caller's.
          */
         return server_fail(EIO, "cannot wait for a userfaultfd: %s", strerror(-r));
@@ -47,9 +50,9 @@ static int add_context(struct memferry_server *s, void *argument)
 }
 
 /* Hand over two descriptors; they are gone in any case. */
-static int give_context(struct memferry_server *s, int *fd, int *maps_fd, pid_t pid)
+static int give_context(struct memferry_server *s, int *fd, int *maps_fd, pid_t pid, bool opened)
 {
-    struct new_context made = {*fd, *maps_fd, pid};
+    struct new_context made = {*fd, *maps_fd, pid, opened};
     int r = server_do(s, add_context, &made);
     if (r >= 0 || r == -EIO) {
         mf_steal_fd(fd);
@@ -83,7 +86,30 @@ int memferry_context_open(struct memferry_server *s)
     cleanup_close int maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
     if (r == 0 && maps_fd < 0)
         r = server_fail(errno, "cannot open /proc/self/maps: %s", strerror(errno));
-    return r < 0 ? r : give_context(s, &fd, &maps_fd, getpid());
+    return r < 0 ? r : give_context(s, &fd, &maps_fd, getpid(), true);
+}
+
+/* What was asked for at somebody else's handshake: /proc/self/fdinfo/FD, "API:" (fs/userfaultfd.c).
+ * Without these events a mapping that goes or moves would be filled where it no longer is. */
+static int check_features(int fd)
+{
+    static const uint64_t needed =
+        UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE;
+    char path[40], text[512] = "";
+    unsigned long long features;
+    snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+    cleanup_close int info_fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = info_fd < 0 ? -1 : read(info_fd, text, sizeof(text) - 1);
+    const char *at = length > 0 ? strstr(text, "API:") : NULL;
+    if (!at || sscanf(at, "API: %*x:%llx", &features) != 1)
+        return 0; /* without /proc it has to be believed */
+    const uint64_t missing = needed & ~(uint64_t)features;
+    return missing == 0
+               ? 0
+               : server_fail(EINVAL,
+                             "the userfaultfd's handshake was done without the feature "
+                             "UFFD_FEATURE_%s, without which its mappings can't be followed",
+                             mf_uffd_feature_name(missing & (~missing + 1), NULL));
 }
 
 int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
@@ -100,7 +126,7 @@ int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
     int r = handshake(s, fd);
     struct uffdio_range nothing = {0};
     if (r == -EINVAL && ioctl(fd, UFFDIO_WAKE, &nothing) != 0 && errno == EINVAL)
-        r = 0;
+        r = check_features(fd);
     if (r == -ENOTTY)
         return server_fail(EINVAL, "descriptor %d is no userfaultfd", uffd);
     cleanup_close int maps_fd = -1;
@@ -111,7 +137,7 @@ int memferry_context_adopt(struct memferry_server *s, int uffd, pid_t pid)
         if (maps_fd < 0)
             return server_fail(errno, "cannot open %s: %s", path, strerror(errno));
     }
-    return r < 0 ? r : give_context(s, &fd, &maps_fd, pid);
+    return r < 0 ? r : give_context(s, &fd, &maps_fd, pid, false);
 }
 
 /* ---- regions ---- */
@@ -282,10 +308,11 @@ static int add_region(struct memferry_server *s, void *argument)
 
 int memferry_region_add(struct memferry_server *s, const struct memferry_region *region)
 {
-    struct memferry_region from = {0};
-    memcpy(&from, region,
-           region->struct_bytes < sizeof(from) ? region->struct_bytes : sizeof(from));
-    return server_do(s, add_region, &from);
+    struct memferry_region from;
+    int r = server_take(&from, sizeof(from), region, "struct memferry_region");
+    if (r == 0)
+        r = server_check_flags(from.flags, MEMFERRY_REGION_TAKE_OVER, "region");
+    return r < 0 ? r : server_do(s, add_region, &from);
 }
 
 /* ---- mappings ---- */
@@ -400,10 +427,11 @@ static int add_mapping(struct memferry_server *s, void *argument)
 
 int memferry_mapping_add(struct memferry_server *s, const struct memferry_mapping *mapping)
 {
-    struct memferry_mapping from = {0};
-    memcpy(&from, mapping,
-           mapping->struct_bytes < sizeof(from) ? mapping->struct_bytes : sizeof(from));
-    return server_do(s, add_mapping, &from);
+    struct memferry_mapping from;
+    int r = server_take(&from, sizeof(from), mapping, "struct memferry_mapping");
+    if (r == 0)
+        r = server_check_flags(from.flags, MEMFERRY_MAPPING_REGISTERED, "mapping");
+    return r < 0 ? r : server_do(s, add_mapping, &from);
 }
 
 struct range {
@@ -467,6 +495,8 @@ int memferry_mapping_remove(struct memferry_server *s, uint32_t context, uint64_
 
 int memferry_mappings(const struct memferry_server *s, struct memferry_mapping *out, unsigned max)
 {
+    if (max > 0 && out->struct_bytes <= sizeof(out->struct_bytes))
+        return server_fail(EINVAL, "there is no room for mappings: struct_bytes is not set");
     cleanup_free struct mf_mapping *all = malloc(MF_LAYOUT_MAX * sizeof(*all));
     if (!all)
         return server_fail(ENOMEM, "out of memory for a list of mappings");

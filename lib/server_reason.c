@@ -270,6 +270,13 @@ static uint32_t public_kind(enum mf_change_kind kind)
                                       : MEMFERRY_FORK;
 }
 
+static void tell(struct memferry_server *s, const struct memferry_change *change)
+{
+    s->applying = true;
+    s->options.on_change(s->options.arg, change);
+    s->applying = false;
+}
+
 void server_changed(void *argument, uint32_t context, const struct uffd_msg *message,
                     uint32_t child)
 {
@@ -294,7 +301,18 @@ void server_changed(void *argument, uint32_t context, const struct uffd_msg *mes
                                          .time_ns = mf_now_ns(),
                                          .tid = change.tid,
                                          .child_pid = of_child ? of_child->pid : 0};
-    s->applying = true;
-    s->options.on_change(s->options.arg, &told);
-    s->applying = false;
+    tell(s, &told);
+}
+
+void server_exited(struct memferry_server *s, uint32_t context)
+{
+    const struct mf_context *of = mf_context_at(&s->contexts, context);
+    const struct memferry_change told = {.struct_bytes = sizeof(told),
+                                         .kind = MEMFERRY_EXIT,
+                                         .context = context,
+                                         .time_ns = mf_now_ns(),
+                                         .child_pid = of->child ? of->pid : 0};
+    atomic_fetch_add_explicit(&s->events_seen, 1, memory_order_relaxed);
+    if (s->options.on_change)
+        tell(s, &told);
 }

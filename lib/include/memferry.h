@@ -7,13 +7,13 @@
  * that has not been filled waits; the server asks a *provider* for the page and lets the thread go
  * on. Meanwhile any thread may fill pages that nobody has asked for yet. Every page is filled once.
  *
- *   region    one object that holds memory: a file on tmpfs (or memfd), a file on hugetlbfs, or
- *             private anonymous memory, which has no file. A page is (region, index).
- *   context   one userfaultfd, and so the address space it was made in.
- *   mapping   an address range of a context that shows a part of a region. A region of a file may
- *             have many mappings, in many contexts. Mappings follow munmap(2), mremap(2) and
- * fork(2) by themselves once they were added. state     one byte a page: missing, being filled,
- * here, or discarded.
+ * - A *region* is one object that holds memory: a file on tmpfs (or memfd), a file on hugetlbfs, or
+ *   private anonymous memory, which has no file. A *page* is (region, index).
+ * - A *context* is one userfaultfd, and so the address space that it was made in.
+ * - A *mapping* is an address range of a context that shows a part of a region. A region of a file
+ *   may have many, in many contexts. Mappings follow munmap(2), mremap(2) and fork(2) by themselves
+ *   once they were added.
+ * - A *state* is a byte a page: missing, being filled, here, or discarded.
  *
  * How a page gets where it is wanted depends on the kind of memory: bytes are written to the file
  * and mapped with UFFDIO_CONTINUE, or copied with UFFDIO_COPY where there is no file. Zeros are not
@@ -27,14 +27,29 @@
  *    failure memferry_why() has a sentence for a person.
  *  - Structs that are given to the library begin with struct_bytes: set it to their sizeof, and all
  *    that you don't use to 0. A library that is newer than your program takes what it does not find
- *    as 0.
+ *    as 0; one that is older refuses what it does not know, unless it is 0, with -E2BIG. A struct
+ *    without struct_bytes, and flags that are not known, are -EINVAL.
  *  - Any thread may call any function at any time, except where "before start" is said. Functions
  *    take descriptors without taking them over: they keep duplicates of their own.
  *  - Regions, contexts and mappings are added and removed on the thread that serves: while one
  *    does, the call waits until that has a moment.
- *  - The thread that serves (memferry_server_start() or _run()) must never touch served memory,
- *    unmap it or wait for a thread that does: nobody would serve it. That holds for the callbacks
- *    too, which run on it.
+ *  - Whoever serves (memferry_server_start() or _run()) must not touch served memory, change its
+ *    mappings or discard it (munmap(2), mremap(2), madvise(2)), fork(2) where forks are followed,
+ *    nor wait for a thread that does: nobody would serve it. That holds for callbacks too.
+ *    They run on the serving thread, but for on_failure, which runs where the failure is met; and
+ *    while nobody serves, a thread that fills pages or adds something does in its place what can't
+ *    wait, and calls on_change.
+ *  - In on_change, and in on_failure where an event of the process is the cause, the layout is
+ *    changing: what fills, adds, removes or discards is -EDEADLK there, and nothing is done.
+ *  - A server is its process's: in a child of fork(2) nothing may be done with it, not even
+ *    memferry_server_free(). The child's memory can be served by its parent.
+ *
+ * Limits: MEMFERRY_REGIONS_MAX regions and MEMFERRY_CONTEXTS_MAX contexts (children of fork(2) not
+ * counted) a server, 4096 mappings of all contexts together, neighbours that continue one another
+ * counting as one. Beyond those a file's mappings are forgotten and found again when they are
+ * touched, which costs microseconds; anonymous memory in more pieces is not served any more in
+ * part: who touches that waits. A region stays until the server ends, a context until its process
+ * does. Where they come and go use a server for each.
  *
  * Sources: userfaultfd(2), ioctl_userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst;
  * what was found by trying is in doc/kernel.md.
@@ -69,6 +84,10 @@ enum memferry_change_kind {
     MEMFERRY_REMAP = 2,  /**< it was moved to to_addr (its old place may stay: MREMAP_DONTUNMAP) */
     MEMFERRY_REMOVE = 3, /**< its contents were discarded */
     MEMFERRY_FORK = 4,   /**< the address space was copied; the copy is context new_context */
+    /** The context's process has ended, or become another program by execve(2). Nothing is served
+     * in it any more: its mappings are forgotten, its userfaultfd is closed, and its number may be
+     * given to another context. Looked for ten times a second, as no event tells. */
+    MEMFERRY_EXIT = 5,
 };
 
 /** Why. MEMFERRY_UNKNOWN is always possible: the kernel does not say, and it is told only where it
@@ -95,7 +114,7 @@ struct memferry_change {
     uint64_t to_addr;              /**< REMAP: where start_addr is now */
     uint64_t time_ns;              /**< when the event was read */
     int32_t tid;                   /**< the thread that did it, 0: not known */
-    int32_t child_pid;             /**< FORK: the child, 0: not known */
+    int32_t child_pid; /**< FORK: the child; EXIT: which child it was; 0: none, or not known */
 };
 
 /** struct memferry_failure - pages that a provider or the kernel could not give. */
@@ -122,8 +141,8 @@ enum memferry_remedy {
 struct memferry_server_options {
     size_t struct_bytes;
     void *arg; /**< for the callbacks */
-    /** on_change: called on the serving thread after a change was applied to the mappings. The
-     * thread that made the change may or may not have gone on already. */
+    /** on_change: called after a change was applied to the mappings. The thread that made the
+     * change may or may not have gone on already. */
     void (*on_change)(void *arg, const struct memferry_change *change);
     /** on_failure: called on the thread on which it failed. Return: enum memferry_remedy. Without
      * it: MEMFERRY_AGAIN. */
@@ -158,7 +177,7 @@ struct memferry_server_options {
 /**
  * memferry_server_new() - a server without contexts, regions and provider.
  * @options: may be NULL. Copied.
- * Return: 0 with *@server, which the caller frees; -ENOMEM, -EMFILE.
+ * Return: 0 with *@server, which the caller frees; -ENOMEM, -EMFILE, -EINVAL, -E2BIG.
  */
 int memferry_server_new(const struct memferry_server_options *options,
                         struct memferry_server **server);
@@ -177,34 +196,41 @@ enum memferry_end {
 
 /**
  * memferry_server_free() - end serving, unregister all mappings, close the provider, free all.
- * No other thread may be in a call on this server.
+ * No other thread may be in a call on this server, except those that fill for a provider: they may
+ * go on until its close returns, which waits for them. Events that are unread are read (and not
+ * told after the mappings were unregistered), so nobody waits for that; with MEMFERRY_END_LEAVE
+ * they are left to the successor. Where an event is on its way and does not come it takes up to 4
+ * s.
  * @end: enum memferry_end, counts only while pages are missing.
- * Return: 0; -EBUSY with MEMFERRY_END_COMPLETE while pages are missing: nothing was done.
+ * Return: 0; -EBUSY with MEMFERRY_END_COMPLETE while pages are missing, or -EDEADLK from a
+ * callback: nothing was done.
  */
 int memferry_server_free(struct memferry_server *server, int end);
 
 /**
  * memferry_server_start() - serve on a thread of the library's, which blocks all signals, until
- * memferry_server_stop(). Return: 0; -EALREADY; -EAGAIN (no thread to be had).
+ * memferry_server_stop(). Return: 0; -EALREADY (some thread serves); -EAGAIN (no thread to be had).
  */
 int memferry_server_start(struct memferry_server *server);
 
-/** memferry_server_stop() - end that thread; faults wait from then on. Not from a callback.
- *  Return: 0, or the -errno for which serving ended by itself before. */
+/** memferry_server_stop() - end that thread; faults wait from then on, until somebody serves again.
+ * Pages can be filled meanwhile. Return: 0, -EDEADLK (from a callback), or the -errno for which
+ * serving ended by itself before: that is told here and by memferry_server_run() alone, and takes
+ * an error of read(2) or epoll_wait(2) that means a closed or foreign descriptor. */
 int memferry_server_stop(struct memferry_server *server);
 
 /**
  * memferry_server_run() - serve on this thread instead: wait for something to do, at most
  * @timeout_ms (0: not at all, -1: for ever), and do it. One thread at a time.
- * Return: how many faults were taken up, which may be 0 (an event, the time is over), or
- * -EALREADY (another thread serves), or what reading a userfaultfd or epoll_wait(2) failed with.
+ * Return: how many faults were taken up, which may be 0 (an event, a timer, the time is over), or
+ * -EALREADY (another thread serves, or this one in a callback), or what reading a userfaultfd or
+ * epoll_wait(2) failed with.
  */
 int memferry_server_run(struct memferry_server *server, int timeout_ms);
 
-/** memferry_server_fd() - a descriptor for poll(2) and its like, readable when
- * memferry_server_run() has something to do; call that at least every 5 ms while faults that
- * nothing explains are parked, which is so after it returned 0 and until it returns otherwise. The
- * server's: don't read, don't close. */
+/** memferry_server_fd() - a descriptor for poll(2) and its like, readable whenever
+ * memferry_server_run() has something to do, be it only because a time has come. The server's:
+ * don't read, don't close. */
 int memferry_server_fd(const struct memferry_server *server);
 
 /* ---- contexts ------------------------------------------------------------------------------- */
@@ -224,12 +250,16 @@ int memferry_context_open(struct memferry_server *server);
  * memferry_context_adopt() - a userfaultfd that was made elsewhere: in another process that sent it
  * (SCM_RIGHTS), or that this process took it from (pidfd_getfd(2)). The handshake (UFFDIO_API) is
  * done if nobody has; if somebody has, the features that he asked for are the ones there are: at
- * least the UNMAP, REMAP and REMOVE events are needed. It is made non-blocking.
+ * least the UNMAP, REMAP and REMOVE events are needed, and FORK if forks are to be followed. It is
+ * made non-blocking, for all who share it.
  * As long as pages are missing another reference to it should stay open in its process: the kernel
  * hands out zeros when the last one is closed.
  * @pid: the process in which it was made, whose /proc/PID/maps is opened: what moves or grows in
- * place is found there. 0: not known; then a mapping that grew is served up to its former end only.
- * Return: as memferry_context_open(); -EBADF or -EINVAL: it is no userfaultfd; or of open(2).
+ * place is found there. 0: not known; then nothing can be looked up: what a mapping grew by is
+ * watched, but not served, so whoever touches it waits as long as the server lives, and so does who
+ * touches a file's mapping that was moved.
+ * Return: as memferry_context_open(); -EBADF or -EINVAL: it is no userfaultfd, or lacks an event
+ * that is needed, which memferry_why() names; or of open(2).
  */
 int memferry_context_adopt(struct memferry_server *server, int uffd, pid_t pid);
 
@@ -269,7 +299,8 @@ struct memferry_region {
 /**
  * memferry_region_add() - @region is copied. The file is mapped a second time, which costs address
  * space. Return: the region's number, from 0 in order; -EINVAL (with the reason in memferry_why()),
- * -ENOSPC (MEMFERRY_REGIONS_MAX), -ENOMEM, or of fstat(2), mmap(2).
+ * -E2BIG, -ENOSPC (MEMFERRY_REGIONS_MAX), -ENOMEM, -EDEADLK (from a callback), or of fstat(2),
+ * mmap(2).
  */
 int memferry_region_add(struct memferry_server *server, const struct memferry_region *region);
 
@@ -295,19 +326,24 @@ struct memferry_mapping {
  * that are here (or whose bytes somebody put into the file: memferry_fill_present()) fault too, and
  * are let through.
  * A region of anonymous memory has each page in one place: give a mapping to no page twice.
- * Return: 0; -EBUSY (another userfaultfd has the range), -EINVAL, -ENOMEM (the process is gone),
- * -EDEADLK (from on_change).
+ * Return: 0; -EBUSY (another userfaultfd has the range), -EINVAL, -E2BIG, -ENOMEM (the process is
+ * gone), -EAGAIN (a fork of the process waits for a free descriptor here), -EDEADLK (from
+ * on_change).
  */
 int memferry_mapping_add(struct memferry_server *server, const struct memferry_mapping *mapping);
 
-/** memferry_mapping_remove() - serve [@start_addr, +@length_bytes) no longer: unregister. What is
- * missing there reads as zeros, so fill it first. Return: 0, -EINVAL, -EDEADLK (from on_change). */
+/** memferry_mapping_remove() - serve [@start_addr, +@length_bytes) no longer: unregister what of it
+ * is mapped, which may be nothing. What is missing there reads as zeros, so fill it first. A file's
+ * mapping that is added or moved later is served again where it is touched.
+ * Return: 0; -EINVAL (no such context, ends that are not between pages), -EDEADLK (from on_change).
+ */
 int memferry_mapping_remove(struct memferry_server *server, uint32_t context, uint64_t start_addr,
                             uint64_t length_bytes);
 
-/** memferry_mappings() - what is mapped where by now, in no order.
+/** memferry_mappings() - what is mapped where by now, in no order. Allocates memory, so not from
+ * the callbacks of a process that serves itself and follows forks.
  * @out: room for @max, the first with struct_bytes set. Return: how many there are, which may be
- * more.
+ * more; -EINVAL, -ENOMEM.
  */
 int memferry_mappings(const struct memferry_server *server, struct memferry_mapping *out,
                       unsigned max);
@@ -343,12 +379,15 @@ struct memferry_provider {
     /** want: called on the serving thread. Return: enum memferry_answer or a negative errno, of
      * which on_failure is told. */
     int (*want)(void *arg, struct memferry_server *server, struct memferry_want *want);
-    /** close: called once by memferry_server_free(), after the last want. May be NULL. */
+    /** close: called once by memferry_server_free(), after the last want. Threads that fill for the
+     * provider may do so until this returns. May be NULL. Of a provider that was never given to a
+     * server whoever made it calls close himself. */
     void (*close)(void *arg);
 };
 
 /** memferry_server_set_provider() - before start. Copied; the server closes it when it is freed.
- *  Return: 0, -EALREADY. Without a provider pages come by memferry_fill() alone. */
+ *  Return: 0, -EALREADY, -EINVAL, -E2BIG: then it is not the server's. Without a provider pages
+ * come by memferry_fill() alone. */
 int memferry_server_set_provider(struct memferry_server *server,
                                  const struct memferry_provider *provider);
 
@@ -358,14 +397,21 @@ struct memferry_file {
     size_t struct_bytes;
     int fd; /**< open for reading */
     uint64_t offset_bytes;
+    /** length_bytes: so much it must have from there on, or it is refused; what lies behind is not
+     * looked at, and pages there are zeros. 0: whatever the file has. */
+    uint64_t length_bytes;
 };
 
 /**
- * memferry_provider_file() - pages from files, one for each region in order. Holes, and what lies
- * behind a file's end, are zeros. The files must not change while they are used: where their holes
- * are is looked up once.
- * @out: struct_bytes set. Return: 0 with @out for memferry_server_set_provider(); -ENOMEM, or of
- * fcntl(2), lseek(2).
+ * memferry_provider_file() - pages from files (or block devices), one for each region in order.
+ * Holes, and what lies behind a file's end, are zeros. The files must not change while they are
+ * used: where their holes are, and how long they are, is looked up once. Pages of one that has
+ * become shorter since fail with -EIO, as those do that can't be read; never their neighbours.
+ * Pages are read on the serving thread: as long as a disk takes for one, others wait. Where that
+ * matters serve with a provider that answers MEMFERRY_LATER, from threads of its own.
+ * @files: an array, whose members have the size that each one's struct_bytes says.
+ * @out: struct_bytes set. Return: 0 with @out for memferry_server_set_provider(); -EINVAL (a file
+ * is shorter than its length_bytes), -E2BIG, -ENOMEM, or of fcntl(2), lseek(2).
  */
 int memferry_provider_file(const struct memferry_file *files, unsigned count,
                            struct memferry_provider *out);
@@ -378,7 +424,7 @@ int memferry_provider_file(const struct memferry_file *files, unsigned count,
  * @server: the one that it will be given to, with all its regions added.
  * @lost: called on a thread of the provider's when the connection has ended, with a negative errno;
  * who waits goes on waiting. May be NULL.
- * @out: struct_bytes set. Return: 0 with @out; -ENOMEM, -EAGAIN, -ENOTSOCK.
+ * @out: struct_bytes set. Return: 0 with @out; -EINVAL, -ENOMEM, -EAGAIN, -ENOTSOCK.
  */
 int memferry_provider_peer(struct memferry_server *server, int socket,
                            void (*lost)(void *arg, int error), void *arg,
@@ -395,12 +441,14 @@ int memferry_peer_reconnect(const struct memferry_provider *provider, int socket
  * memferry_fill() - pages that the caller has got: those that are missing are filled and who waits
  * for them goes on; those that are here, were discarded, or that another thread is filling at this
  * moment are left as they are. Blocks only while the target is in the middle of a change of its
- * mappings. Allocates nothing.
+ * mappings; if nobody serves at that moment, it reads the event itself. Allocates nothing.
  * Anonymous memory has no file to wait in: what of it is filled before it has a mapping is lost, so
  * add the mapping first.
  * @bytes: @pages pages, aligned to 8 bytes; not in served memory.
- * Return: 0; -EINVAL (pages beyond the region's end); -ENOSPC, -ENOMEM (no memory for the file:
- * pages stay missing; on_failure was told of those that are waited for).
+ * Return: 0; -EINVAL (pages beyond the region's end); -EDEADLK (while a change is being told);
+ * -ENOSPC, -ENOMEM (no memory for the file: pages stay missing; on_failure was told of those that
+ * are waited for); -EBUSY (anonymous memory of a process whose fork waits for a free descriptor
+ * here: pages stay missing, try again later).
  */
 int memferry_fill(struct memferry_server *server, uint32_t region, uint64_t first_page,
                   uint64_t pages, const void *bytes);
@@ -463,7 +511,7 @@ struct memferry_figures {
     uint64_t zero_pages;    /**< filled with zeros */
     uint64_t present_pages; /**< found in the file */
     uint64_t discarded_pages;
-    uint64_t events; /**< changes of layout */
+    uint64_t events; /**< changes, as on_change is told them */
 };
 
 /** memferry_figures() - read them. @out: struct_bytes set. */

@@ -62,7 +62,8 @@ AT(memferry_provider, close, 24);
 SIZE(memferry_provider, 32);
 AT(memferry_file, fd, 8);
 AT(memferry_file, offset_bytes, 16);
-SIZE(memferry_file, 24);
+AT(memferry_file, length_bytes, 24);
+SIZE(memferry_file, 32);
 AT(memferry_figures, faults, 8);
 AT(memferry_figures, events, 56);
 SIZE(memferry_figures, 64);
@@ -70,6 +71,7 @@ SIZE(memferry_figures, 64);
 
 IS(MEMFERRY_UNMAP, 1);
 IS(MEMFERRY_FORK, 4);
+IS(MEMFERRY_EXIT, 5);
 IS(MEMFERRY_UNKNOWN, 0);
 IS(MEMFERRY_BY_FORK, 6);
 IS(MEMFERRY_AGAIN, 0);

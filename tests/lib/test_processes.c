@@ -4,6 +4,7 @@
  * killed, the memory of another process. Whole pages are checked. Run once for each kind of memory
  * (argv[1]: shmem, hugetlb, anonymous).
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -13,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -318,6 +320,131 @@ static void the_memory_of_another_process_is_served(void **state)
     close(pair[1]);
 }
 
+/* ---- another process that forks, and that ends ---- */
+
+/* It has a userfaultfd of its own, does what it is told by a byte, and answers with one. */
+static _Noreturn void be_served(const struct arena *a, int sock)
+{
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    char byte = 0;
+    must(uffd >= 0);
+    send_fd(sock, uffd);
+    while (read(sock, &byte, 1) == 1) {
+        if (byte == 'f') {
+            int status = 1;
+            pid_t child = fork();
+            if (child == 0)
+                _exit(page_is(arena_page(a, 1), a->page_bytes, 1, 1) ? 0 : 1);
+            must(waitpid(child, &status, 0) == child && status == 0);
+            must(page_is(arena_page(a, 1), a->page_bytes, 1, 1));
+        }
+        must(write(sock, "", 1) == 1);
+    }
+    _exit(0);
+}
+
+struct served {
+    struct arena own, a;
+    struct told told;
+    int sock, uffd, context, region;
+    pid_t pid;
+};
+
+/* A server of a process's memory and of some of its own. */
+static void serve_another(struct served *s, int *pid_socket)
+{
+    int pair[2];
+    *s = (struct served){.told.lock = PTHREAD_MUTEX_INITIALIZER};
+    arena_map(&s->a, memory, 8);
+    must(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+    s->pid = fork();
+    if (s->pid == 0) {
+        close(pair[0]);
+        be_served(&s->a, pair[1]);
+    }
+    close(pair[1]);
+    *pid_socket = pair[0];
+    s->uffd = receive_fd(pair[0]);
+    arena_make(&s->own, memory, 8,
+               OPTIONS(.arg = &s->told, .on_change = tell, .flags = MEMFERRY_FOLLOW_FORKS),
+               PROVIDER(.want = make_page));
+    s->context = memferry_context_adopt(s->own.server, s->uffd, s->pid);
+    s->region = memferry_region_add(
+        s->own.server, &(struct memferry_region){.struct_bytes = sizeof(struct memferry_region),
+                                                 .memory = memory,
+                                                 .length_bytes = s->a.length_bytes,
+                                                 .fd = s->a.fd});
+    must(s->context >= 0 && s->region >= 0);
+    struct memferry_mapping mapping = {.struct_bytes = sizeof(mapping),
+                                       .context = (uint32_t)s->context,
+                                       .region = (uint32_t)s->region,
+                                       .start_addr = (uintptr_t)s->a.at,
+                                       .length_bytes = s->a.length_bytes};
+    must(memferry_mapping_add(s->own.server, &mapping) == 0);
+    if (memory != MEMFERRY_ANONYMOUS) { /* both see it */
+        mapping.context = (uint32_t)s->own.context;
+        must(memferry_mapping_add(s->own.server, &mapping) == 0);
+    }
+    must(memferry_server_start(s->own.server) == 0);
+}
+
+static void free_another(struct served *s, int pid_socket)
+{
+    int status = 0;
+    close(pid_socket);
+    must(waitpid(s->pid, &status, 0) == s->pid);
+    arena_free(&s->own);
+    munmap(s->a.at, s->a.length_bytes);
+    if (s->a.fd >= 0)
+        close(s->a.fd);
+    close(s->uffd);
+}
+
+static void a_fork_without_a_descriptor_holds_up_nobody_else(void **state)
+{
+    (void)state;
+    struct served s;
+    struct rlimit limit, none;
+    int sock;
+    char byte;
+    must(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    serve_another(&s, &sock);
+    const int lowest = dup(sock);
+    none = (struct rlimit){.rlim_cur = (rlim_t)lowest, .rlim_max = limit.rlim_max};
+    close(lowest);
+    must(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    must(write(sock, "f", 1) == 1);
+    nap_ms(250);
+    for (uint64_t page = 0; page < s.own.pages; page++)
+        must(page_is(arena_page(&s.own, page), s.own.page_bytes, page, 1));
+    if (memory != MEMFERRY_ANONYMOUS)
+        for (uint64_t page = 0; page < s.a.pages; page++)
+            must(page_is(arena_page(&s.a, page), s.a.page_bytes, page, 1));
+    assert_int_equal(memferry_server_stop(s.own.server), 0);
+    assert_int_equal(memferry_server_start(s.own.server), 0);
+    must(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    must(read(sock, &byte, 1) == 1);
+    free_another(&s, sock);
+}
+
+static void who_serves_is_told_when_a_process_ends(void **state)
+{
+    (void)state;
+    struct served s;
+    int sock;
+    serve_another(&s, &sock);
+    kill(s.pid, SIGKILL);
+    struct memferry_change c = await_change(&s.told, MEMFERRY_EXIT, NULL, 0);
+    assert_int_equal(c.context, s.context);
+    for (uint64_t page = 0; page < s.own.pages; page++)
+        must(page_is(arena_page(&s.own, page), s.own.page_bytes, page, 1));
+    assert_int_equal(memferry_fill_zero(s.own.server, (uint32_t)s.region, 0, 1), 0);
+    assert_int_equal(memferry_mapping_remove(s.own.server, (uint32_t)s.context, (uintptr_t)s.a.at,
+                                             s.a.length_bytes),
+                     -EINVAL);
+    free_another(&s, sock);
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
@@ -325,6 +452,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_successor_takes_over_where_a_server_ended),
         cmocka_unit_test(nothing_is_lost_when_servers_are_killed),
         cmocka_unit_test(the_memory_of_another_process_is_served),
+        cmocka_unit_test(a_fork_without_a_descriptor_holds_up_nobody_else),
+        cmocka_unit_test(who_serves_is_told_when_a_process_ends),
     };
     return arena_tests(argc, argv, memory, tests);
 }

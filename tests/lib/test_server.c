@@ -12,13 +12,16 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
 
+#include "lib/uapi.h"
 #include "tests/lib/arena.h"
 
 #define PAGES ARENA_PAGES_MAX
@@ -268,7 +271,7 @@ static void serve_by_poll(void *argument)
     struct own_loop *loop = argument;
     struct pollfd ready = {.fd = memferry_server_fd(loop->arena->server), .events = POLLIN};
     while (!atomic_load(&loop->stop)) {
-        poll(&ready, 1, 5);
+        poll(&ready, 1, 1000);
         must(memferry_server_run(loop->arena->server, 0) >= 0);
     }
 }
@@ -357,6 +360,62 @@ static void misuse_is_refused_with_a_sentence(void **state)
     assert_non_null(strstr(memferry_why(), "tmpfs"));
     close(pipes[0]);
     close(pipes[1]);
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_UNMAP};
+    must(uffd >= 0 && ioctl(uffd, UFFDIO_API, &api) == 0);
+    assert_int_equal(memferry_context_adopt(a.server, uffd, getpid()), -EINVAL);
+    assert_non_null(strstr(memferry_why(), "EVENT_REMAP"));
+    close(uffd);
+    arena_free(&a);
+}
+
+static void structs_of_other_versions_are_understood_or_refused(void **state)
+{
+    (void)state;
+    struct memferry_server *server = NULL;
+    struct {
+        struct memferry_server_options options;
+        uint64_t newer[4];
+    } o = {.options.struct_bytes = sizeof(o)};
+    assert_int_equal(memferry_server_new(&o.options, &server), 0);
+    memferry_server_free(server, MEMFERRY_END_COMPLETE);
+    o.newer[3] = 1;
+    assert_int_equal(memferry_server_new(&o.options, &server), -E2BIG);
+    o.options.struct_bytes = 0;
+    assert_int_equal(memferry_server_new(&o.options, &server), -EINVAL);
+    o.options.struct_bytes = offsetof(struct memferry_server_options, around_pages);
+    o.options.flags = 1u << 31; /* not given */
+    assert_int_equal(memferry_server_new(&o.options, &server), 0);
+    memferry_server_free(server, MEMFERRY_END_COMPLETE);
+    o.options.struct_bytes = sizeof(o.options);
+    assert_int_equal(memferry_server_new(&o.options, &server), -EINVAL);
+    assert_non_null(strstr(memferry_why(), "flags"));
+}
+
+static void what_is_removed_is_not_served(void **state)
+{
+    (void)state;
+    struct arena a;
+    arena_make(&a, memory, PAGES, NULL, PROVIDER(.want = make_page));
+    const uint64_t at = (uintptr_t)a.at, half = a.length_bytes / 2, context = (uint32_t)a.context;
+    memferry_server_start(a.server);
+    memset((void *)asked, 0, sizeof(asked));
+    assert_int_equal(memferry_mapping_remove(a.server, 9, at, half), -EINVAL);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at + 1, half), -EINVAL);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at, a.page_bytes / 2 + 1),
+                     -EINVAL);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at, 0), -EINVAL);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at, UINT64_MAX - 4095),
+                     -EINVAL);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at + half, half), 0);
+    must(page_is_zero(arena_page(&a, a.pages - 1), a.page_bytes));
+    assert_int_equal(asked[a.pages - 1], 0);
+    must(page_is(arena_page(&a, 0), a.page_bytes, 0, 1));
+    struct memferry_mapping left = {.struct_bytes = sizeof(left)};
+    assert_int_equal(memferry_mappings(a.server, &left, 1), 1);
+    assert_int_equal(left.length_bytes, half);
+    assert_int_equal(memferry_mapping_remove(a.server, (uint32_t)context, at, a.length_bytes), 0);
+    assert_int_equal(memferry_mappings(a.server, &left, 1), 0);
     arena_free(&a);
 }
 
@@ -373,6 +432,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(a_program_may_serve_in_its_own_loop),
         cmocka_unit_test(nobody_may_serve_faults_of_user_mode),
         cmocka_unit_test(misuse_is_refused_with_a_sentence),
+        cmocka_unit_test(structs_of_other_versions_are_understood_or_refused),
+        cmocka_unit_test(what_is_removed_is_not_served),
     };
     return arena_tests(argc, argv, memory, tests);
 }
