@@ -21,6 +21,7 @@ struct extent {
 struct source {
     int fd;
     uint64_t offset_bytes;
+    uint64_t end_bytes;    /**< what lies behind is zeros */
     struct extent *extent; /**< in order, apart from each other */
     size_t count;
 };
@@ -44,23 +45,24 @@ static bool any_data(const struct source *source, uint64_t start, uint64_t end)
     return low < source->count && source->extent[low].start_bytes < end;
 }
 
-static int read_all(const struct source *source, uint8_t *to, uint64_t length_bytes, uint64_t at)
+/* Return: how many of @length_bytes are there, of which those behind the end are zeros; fewer: the
+ * rest can't be read; -errno: nothing can. */
+static ssize_t read_all(const struct source *source, uint8_t *to, uint64_t length_bytes,
+                        uint64_t at)
 {
-    while (length_bytes > 0) {
-        ssize_t n = pread(source->fd, to, length_bytes, (off_t)at);
+    uint64_t done = 0;
+    const uint64_t data_bytes =
+        source->end_bytes - at < length_bytes ? source->end_bytes - at : length_bytes;
+    while (done < data_bytes) {
+        ssize_t n = pread(source->fd, to + done, data_bytes - done, (off_t)(at + done));
         if (n < 0 && errno == EINTR)
             continue;
-        if (n < 0)
-            return -errno;
-        if (n == 0) { /* the file ends in the middle of a page */
-            memset(to, 0, length_bytes);
-            return 0;
-        }
-        to += n;
-        at += (uint64_t)n;
-        length_bytes -= (uint64_t)n;
+        if (n <= 0) /* it had more when its extents were looked up */
+            return done ? (ssize_t)done : n < 0 ? -errno : -EIO;
+        done += (uint64_t)n;
     }
-    return 0;
+    memset(to + data_bytes, 0, length_bytes - data_bytes);
+    return (ssize_t)length_bytes;
 }
 
 static int want(void *argument, struct memferry_server *server, struct memferry_want *want)
@@ -81,8 +83,11 @@ static int want(void *argument, struct memferry_server *server, struct memferry_
     want->pages = pages;
     if (!data)
         return MEMFERRY_ZERO;
-    int r = read_all(source, want->bytes, pages * page_bytes, at);
-    return r < 0 ? r : MEMFERRY_DATA;
+    ssize_t n = read_all(source, want->bytes, pages * page_bytes, at);
+    if (pages > 1 && n < (ssize_t)page_bytes) /* not for what is wrong with its neighbours */
+        n = read_all(source, want->bytes, page_bytes, at);
+    want->pages = n > 0 ? (uint64_t)n / page_bytes : 0;
+    return n < 0 ? (int)n : want->pages > 0 ? MEMFERRY_DATA : -EIO;
 }
 
 static void free_files(void *argument)
@@ -95,32 +100,55 @@ static void free_files(void *argument)
     free(files);
 }
 
-static int find_extents(struct source *source)
+static int add_extent(struct source *source, size_t *room, uint64_t start, uint64_t end)
+{
+    if (source->count == *room) {
+        *room = *room ? *room * 2 : 64;
+        struct extent *more = realloc(source->extent, *room * sizeof(*more));
+        if (!more)
+            return -ENOMEM;
+        source->extent = more;
+    }
+    source->extent[source->count++] = (struct extent){start, end};
+    return 0;
+}
+
+/* @length_bytes: 0: up to the file's end. */
+static int find_extents(struct source *source, uint64_t length_bytes)
 {
     size_t room = 0;
-    off_t at = (off_t)source->offset_bytes;
-    for (;;) {
-        off_t start = lseek(source->fd, at, SEEK_DATA);
+    const off_t size = lseek(source->fd, 0, SEEK_END);
+    if (size < 0)
+        return -errno;
+    uint64_t at = source->offset_bytes;
+    const uint64_t there = at < (uint64_t)size ? (uint64_t)size - at : 0;
+    if (length_bytes > there)
+        return -ENODATA;
+    source->end_bytes = at + (length_bytes ? length_bytes : there);
+    int r = 0;
+    while (r == 0 && at < source->end_bytes) {
+        const off_t start = lseek(source->fd, (off_t)at, SEEK_DATA);
+        if (start < 0 &&
+            errno == EINVAL) /* a block device: it has no holes that it would tell of */
+            return add_extent(source, &room, at, source->end_bytes);
         if (start < 0)
             return errno == ENXIO ? 0 : -errno; /* ENXIO: nothing but a hole up to the end */
-        off_t end = lseek(source->fd, start, SEEK_HOLE);
-        if (end < 0)
+        if ((uint64_t)start >= source->end_bytes)
+            return 0;
+        const off_t hole = lseek(source->fd, start, SEEK_HOLE);
+        if (hole < 0)
             return -errno;
-        if (source->count == room) {
-            room = room ? room * 2 : 64;
-            struct extent *more = realloc(source->extent, room * sizeof(*more));
-            if (!more)
-                return -ENOMEM;
-            source->extent = more;
-        }
-        source->extent[source->count++] = (struct extent){(uint64_t)start, (uint64_t)end};
-        at = end;
+        at = (uint64_t)hole < source->end_bytes ? (uint64_t)hole : source->end_bytes;
+        r = add_extent(source, &room, (uint64_t)start, at);
     }
+    return r;
 }
 
 int memferry_provider_file(const struct memferry_file *files, unsigned count,
                            struct memferry_provider *out)
 {
+    if (server_check_out(out) < 0)
+        return -EINVAL;
     if (count > MEMFERRY_REGIONS_MAX)
         return server_fail(EINVAL, "%u files are more than a server has regions", count);
     struct files *all = calloc(1, sizeof(*all));
@@ -129,22 +157,28 @@ int memferry_provider_file(const struct memferry_file *files, unsigned count,
     /* An array of structs that may be smaller than ours: go by the size that they say. */
     const char *at = (const char *)files;
     for (unsigned i = 0; i < count; i++) {
-        struct memferry_file file = {0};
+        struct memferry_file file;
         size_t size;
         memcpy(&size, at, sizeof(size));
-        if (size <= offsetof(struct memferry_file, fd)) {
+        int r = server_take(&file, sizeof(file), at, "struct memferry_file");
+        if (r < 0) {
             free_files(all);
-            return server_fail(EINVAL, "snapshot %u has no struct_bytes", i);
+            return r;
         }
-        memcpy(&file, at, size < sizeof(file) ? size : sizeof(file));
         at += size;
         struct source *source = &all->source[all->count];
         source->offset_bytes = file.offset_bytes;
         source->fd = fcntl(file.fd, F_DUPFD_CLOEXEC, 0);
-        int r = source->fd < 0 ? -errno : 0;
+        r = source->fd < 0 ? -errno : 0;
         all->count++;
         if (r == 0)
-            r = find_extents(source);
+            r = find_extents(source, file.length_bytes);
+        if (r == -ENODATA) {
+            free_files(all);
+            return server_fail(EINVAL,
+                               "snapshot %u is shorter than the %llu bytes that it should have", i,
+                               (unsigned long long)file.length_bytes);
+        }
         if (r < 0) {
             free_files(all);
             return server_fail(-r, "cannot read snapshot %u: %s", i, strerror(-r));

@@ -177,24 +177,34 @@ static void consume(struct peer *p, size_t bytes)
     memmove(p->in, p->in + bytes, p->in_have);
 }
 
-/* A page of hugetlbfs: the header is in the buffer, with a part of the payload perhaps. */
-static int receive_huge(struct peer *p, const struct mf_frame *frame)
+/* @length_bytes of payload, a part of which may be in the buffer. */
+static int receive_payload(struct peer *p, uint8_t *to, uint64_t length_bytes)
 {
-    uint8_t *to = NULL;
-    cleanup_free uint8_t *scratch = NULL;
-    int begun = mf_land_begin_huge(&p->lander, frame, &to);
-    if (begun < 0)
-        server_failed(p->server, &p->lander, frame->region, frame->first_page, 1, begun);
-    if (!to && !(scratch = malloc(frame->length_bytes)))
-        return -ENOMEM;
-    uint8_t *into = to ? to : scratch;
-    consume(p, MF_FRAME_HEADER_BYTES);
-    const size_t along = p->in_have < frame->length_bytes ? p->in_have : frame->length_bytes;
-    memcpy(into, p->in, along);
+    const size_t along = p->in_have < length_bytes ? p->in_have : length_bytes;
+    memcpy(to, p->in, along);
     consume(p, along);
-    int r = receive_all(p, into + along, frame->length_bytes - along);
-    if (to)
-        mf_land_end_huge(&p->lander, frame, r == 0);
+    return receive_all(p, to + along, length_bytes - along);
+}
+
+/* Pages of hugetlbfs: the header is in the buffer. */
+static int receive_huge(struct peer *p, struct mf_frame frame)
+{
+    const uint64_t end = frame.first_page + frame.pages;
+    const uint32_t page_bytes = p->server->region[frame.region].page_bytes;
+    cleanup_free uint8_t *scratch = NULL;
+    int r = 0;
+    consume(p, MF_FRAME_HEADER_BYTES);
+    for (frame.pages = 1; r == 0 && frame.first_page < end; frame.first_page++) {
+        uint8_t *to = NULL;
+        int begun = mf_land_begin_huge(&p->lander, &frame, &to);
+        if (begun < 0)
+            server_failed(p->server, &p->lander, frame.region, frame.first_page, 1, begun);
+        if (!to && !scratch && !(scratch = malloc(page_bytes)))
+            return -ENOMEM;
+        r = receive_payload(p, to ? to : scratch, page_bytes);
+        if (to)
+            mf_land_end_huge(&p->lander, &frame, r == 0);
+    }
     return r;
 }
 
@@ -212,7 +222,7 @@ static int take_frame(struct peer *p)
         (frame.flags & MF_FRAME_FLAG_ROUND))
         return -EPROTO;
     if (frame.type == MF_FRAME_DATA && s->region[frame.region].kind == MF_MEMORY_HUGETLB)
-        return receive_huge(p, &frame);
+        return receive_huge(p, frame);
     const size_t length = MF_FRAME_HEADER_BYTES + frame.length_bytes;
     if (p->in_have < length) {
         int r = receive_all(p, p->in + p->in_have, length - p->in_have);
@@ -314,6 +324,8 @@ int memferry_provider_peer(struct memferry_server *server, int socket,
                            void (*lost)(void *arg, int error), void *arg,
                            struct memferry_provider *out)
 {
+    if (server_check_out(out) < 0)
+        return -EINVAL;
     struct peer *p = calloc(1, sizeof(*p));
     if (!p)
         return server_fail(ENOMEM, "out of memory for a provider");

@@ -51,11 +51,13 @@ static void a_snapshot_is_restored_as_it_is_touched(void **state)
         struct memferry_provider provider = {.struct_bytes = sizeof(provider)};
         arena_map(&a, memory, PAGES);
         int snapshot = snapshot_file(&a, 3 * a.page_bytes);
-        assert_int_equal(
-            memferry_provider_file(
-                &(struct memferry_file){sizeof(struct memferry_file), snapshot, 3 * a.page_bytes},
-                1, &provider),
-            0);
+        assert_int_equal(memferry_provider_file(
+                             &(struct memferry_file){.struct_bytes = sizeof(struct memferry_file),
+                                                     .fd = snapshot,
+                                                     .offset_bytes = 3 * a.page_bytes,
+                                                     .length_bytes = around ? a.length_bytes : 0},
+                             1, &provider),
+                         0);
         close(snapshot);
         assert_int_equal(memferry_server_new(OPTIONS(.around_pages = around), &a.server), 0);
         assert_int_equal(memferry_server_set_provider(a.server, &provider), 0);
@@ -65,6 +67,53 @@ static void a_snapshot_is_restored_as_it_is_touched(void **state)
         join_all(threads, THREADS);
         arena_free(&a);
     }
+}
+
+static int bad_page;
+static int tell_bad_page(void *arg, const struct memferry_failure *failure)
+{
+    (void)arg;
+    must(failure->error == -EIO);
+    bad_page = (int)failure->first_page;
+    return MEMFERRY_HOLD;
+}
+
+static void touch_bad_page(void *argument)
+{
+    const struct arena *a = argument;
+    must(page_is_zero(arena_page(a, 5), a->page_bytes));
+}
+
+static void a_snapshot_that_is_cut_off_gives_no_zeros(void **state)
+{
+    (void)state;
+    struct arena a;
+    struct runner toucher;
+    struct memferry_provider provider = {.struct_bytes = sizeof(provider)};
+    arena_map(&a, memory, PAGES);
+    int snapshot = snapshot_file(&a, 0);
+    struct memferry_file file = {
+        .struct_bytes = sizeof(file), .fd = snapshot, .length_bytes = (a.pages + 1) * a.page_bytes};
+    assert_int_equal(memferry_provider_file(&file, 1, &provider), -EINVAL);
+    file.length_bytes = 0;
+    assert_int_equal(memferry_provider_file(&file, 1, &provider), 0);
+    assert_int_equal(
+        memferry_server_new(OPTIONS(.around_pages = 16, .on_failure = tell_bad_page), &a.server),
+        0);
+    assert_int_equal(memferry_server_set_provider(a.server, &provider), 0);
+    arena_watch(&a);
+    bad_page = 0;
+    memferry_server_start(a.server);
+    must(ftruncate(snapshot, (off_t)(5 * a.page_bytes)) == 0);
+    must(page_is(arena_page(&a, 4), a.page_bytes, 4, 1)); /* in spite of its neighbour */
+    runner_start(&toucher, touch_bad_page, &a);
+    while (bad_page != 5)
+        nap_ms(1);
+    assert_int_equal(memferry_page_state(a.server, a.region, 5), MEMFERRY_PAGE_MISSING);
+    assert_int_equal(memferry_fill_zero(a.server, a.region, 5, 1), 0);
+    runner_join(&toucher);
+    close(snapshot);
+    arena_free(&a);
 }
 
 /* ---- a peer ---- */
@@ -162,9 +211,11 @@ static void pages_come_from_a_peer_and_from_the_next_when_it_is_lost(void **stat
         close(pair[0]);
         if (i == 1) {
             uint8_t header[MF_FRAME_HEADER_BYTES];
-            mf_frame_encode(
-                &(struct mf_frame){.type = MF_FRAME_ZERO, .first_page = a.pages, .pages = 1},
-                header);
+            mf_frame_encode(&(struct mf_frame){.type = MF_FRAME_DATA,
+                                               .first_page = 0,
+                                               .pages = 1,
+                                               .length_bytes = a.page_bytes / 2},
+                            header);
             must(send_all(pair[1], header, sizeof(header)));
             nap_ms(5);
             close(pair[1]);
@@ -337,6 +388,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_snapshot_is_restored_as_it_is_touched),
+        cmocka_unit_test(a_snapshot_that_is_cut_off_gives_no_zeros),
         cmocka_unit_test(pages_come_from_a_peer_and_from_the_next_when_it_is_lost),
         cmocka_unit_test(a_provider_that_fails_is_asked_again),
         cmocka_unit_test(who_waits_may_be_held_until_somebody_fills),
