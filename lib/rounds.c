@@ -84,12 +84,10 @@ static enum mf_rounds_next decide(const struct mf_rounds *r)
         /*
          * What would the next round leave? Pages that are dirty now stay open to writes for all of
          * it, or for half of it once they are copied: with a share q of a round's pages dirty at
-         * its end, the next leaves q / (1 - q) of what is dirty now. The first round has its pages
-         * in one piece, later ones page by page, which takes half as long again. A round that does
-         * not leave a third or less costs more than it saves: what is dirty follows after RELEASE.
+         * its end, the next leaves q / (1 - q) of what is dirty now. A round that does not leave a
+         * third or less costs more than it saves: what is dirty follows after RELEASE.
          */
-        const uint64_t share = r->round == 1 ? 6 : 4;
-        return r->dirty_pages < MF_ROUNDS_FEW_PAGES || r->dirty_pages >= r->pages / share
+        return r->dirty_pages < MF_ROUNDS_FEW_PAGES || r->dirty_pages >= r->pages / 4
                    ? MF_ROUNDS_SWITCH
                    : MF_ROUNDS_AGAIN;
     }

@@ -76,9 +76,9 @@ static void hybrid_looks_ahead_where_it_knows_what_is_dirty(void **state)
     assert_int_equal(after(1, 0, 0), MF_ROUNDS_SWITCH);
     assert_int_equal(after(1, MANY, MF_ROUNDS_FEW_PAGES - 1), MF_ROUNDS_SWITCH);
     assert_int_equal(after(1, MANY, MF_ROUNDS_FEW_PAGES), MF_ROUNDS_AGAIN);
-    /* Another round must leave a third at most; scattered pages take longer than the first's. */
-    assert_int_equal(after(1, 120000, 19999), MF_ROUNDS_AGAIN);
-    assert_int_equal(after(1, 120000, 20000), MF_ROUNDS_SWITCH);
+    /* Another round must leave a third at most. */
+    assert_int_equal(after(1, 100000, 24999), MF_ROUNDS_AGAIN);
+    assert_int_equal(after(1, 100000, 25000), MF_ROUNDS_SWITCH);
     assert_int_equal(after(2, 100000, 20000), MF_ROUNDS_AGAIN);
     assert_int_equal(after(2, 100000, 24999), MF_ROUNDS_AGAIN);
     assert_int_equal(after(2, 100000, 25000), MF_ROUNDS_SWITCH);
