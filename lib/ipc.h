@@ -45,7 +45,7 @@ enum mf_ipc_type {
     MF_IPC_SEND_ABORT,
     MF_IPC_UNLINK,
     /* mover → memferryd */
-    MF_IPC_COMPANION, /**< destination, before READY: the process that shares its descriptors */
+    MF_IPC_COMPANION, /**< destination, before READY, by the process that shares its descriptors */
     MF_IPC_READY,
     MF_IPC_PEER_HELLO, /**< destination: regions agree; may it go on? */
     MF_IPC_LINK_UP,

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
@@ -25,6 +26,9 @@
 #ifndef MF_LIBEXEC_DIR
 #error "the build defines where memferry-mover is installed"
 #endif
+
+/* How long a process that has been forked may take to its first words. */
+#define COMPANION_MS 500
 
 struct mover_process {
     struct session *session; /**< NULL once the session does not want it any more */
@@ -195,16 +199,16 @@ static void take_companion(struct mover_process *m, pid_t pid)
         event_add(m->companion_event, NULL);
 }
 
-/* A mover that has ended may have named its companion a moment before, unread as yet. That is a
- * child of ours, which nobody else would reap. */
+/* A mover that ends as it starts may have made a companion that has not been heard of yet. It is a
+ * child of ours, which nobody else would reap. Without one nobody has the other end of the socket
+ * any more, and this is over at once. */
 static void learn_companion(struct mover_process *m)
 {
+    struct pollfd next = {.fd = m->sock, .events = POLLIN};
     struct mf_ipc message;
     int fd = -1;
-    if (m->sock < 0)
-        return;
-    evutil_make_socket_nonblocking(m->sock);
-    while (!m->ready && !m->companion && mf_ipc_receive(m->sock, &message, &fd) > 0) {
+    while (m->sock >= 0 && !m->ready && !m->companion && poll(&next, 1, COMPANION_MS) > 0 &&
+           mf_ipc_receive(m->sock, &message, &fd) > 0) {
         if (fd >= 0)
             close(fd);
         if (message.type == MF_IPC_COMPANION)

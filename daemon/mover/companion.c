@@ -365,6 +365,9 @@ _Noreturn static void be_companion(int sock, int ipc_fd, uid_t uid, gid_t gid)
 {
     struct mf_error err;
     prctl(PR_SET_NAME, "memferry-keep");
+    /* By itself, so that memferryd knows whom to reap though the mover be killed at this moment. If
+     * it is gone, that shows below. */
+    mf_ipc_send(ipc_fd, &(struct mf_ipc){.type = MF_IPC_COMPANION, .companion_pid = getpid()}, -1);
     if (sandbox_companion(uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
     static struct talk talk;
@@ -406,7 +409,6 @@ int companion_start(struct companion *companion, int ipc_fd, uid_t uid, gid_t gi
     if (pid < 0)
         return mf_fail(err, errno, "cannot start the mover's companion: %s", strerror(errno));
     companion->sock = pair[0];
-    companion->pid = pid;
     return 0;
 }
 

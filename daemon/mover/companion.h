@@ -35,8 +35,7 @@
 
 /** struct companion - the mover's side. */
 struct companion {
-    int sock; /**< -1: there is none */
-    pid_t pid;
+    int sock;                   /**< -1: there is none */
     uint32_t asked;             /**< questions so far: an answer may come too late for its own */
     _Atomic uint32_t *children; /**< shared with it: how many contexts came by forks */
     uint64_t read_ns;           /**< when an event was read last, or may have been */

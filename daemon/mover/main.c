@@ -237,9 +237,6 @@ int main(int argc, char **argv)
     mover.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (mover.wake_fd < 0)
         mover_fatal("cannot make an eventfd: %s", strerror(errno));
-    if (mover.companion.pid)
-        mover_tell(&mover, &(struct mf_ipc){.type = MF_IPC_COMPANION,
-                                            .companion_pid = mover.companion.pid});
     mover_setup(&mover);
     if (sandbox_filter(&err) < 0)
         mover_fatal("%s", err.text);

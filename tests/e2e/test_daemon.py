@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """memferryd itself: stopped, killed and restarted while sessions run; how it finds its peer."""
 import os
+import signal
 import time
 
 from common import POSTCOPY, SLOW_MBIT, Pair, need
@@ -199,5 +200,37 @@ def source_comes_back_to_the_finished(sandbox):
     relay.stalled_kinds = set()
     need(pair.finish(verb).json["state"] == "done", "the source should be done")
     pair.check_source_quit()
+    pair.check_arrived()
+    pair.forget()
+
+
+def zombies_of(parent):
+    """Children that nobody has reaped."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+                state, ppid = stat.read().rsplit(")", 1)[1].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state == "Z" and int(ppid) == parent:
+            found.append(int(pid))
+    return found
+
+
+@e2e()
+def mover_killed_as_it_starts(sandbox):
+    """Time and again, before memferryd has heard of its companion: each is reaped, and the last pair serves."""
+    pair = Pair(sandbox)
+    pair.receive()
+    before = pair.b.wait_movers(1)
+    for _ in range(10):
+        os.kill(before[0], signal.SIGKILL)
+        now = before
+        while now == before or not now:
+            now = pair.b.movers()
+        before = now
+    wait_until(lambda: not zombies_of(pair.b.process.pid), 5, "all children are reaped")
+    pair.check_done(pair.finish(pair.begin_again()).json)
     pair.check_arrived()
     pair.forget()
