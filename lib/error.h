@@ -29,3 +29,8 @@ struct mf_error {
  */
 int mf_fail(struct mf_error *err, int code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
+
+/** mf_clean_text() - what may end on a terminal and comes from others (a process, another host):
+ * what could steer that (C0 and C1 controls, the latter as UTF-8) is made '?'. mf_fail() does it.
+ */
+void mf_clean_text(char *text);

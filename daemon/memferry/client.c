@@ -86,31 +86,18 @@ int client_send(struct client *client, const Memferry__Control__Request *request
     return 0;
 }
 
-/* Some sentences come from the other host, and all may end on a terminal: what could steer that
- * (C0 and C1 controls, the latter as UTF-8) is made harmless. */
-static void clean(char *text)
-{
-    for (unsigned char *at = (unsigned char *)text; *at; at++) {
-        bool c1 = at[0] == 0xc2 && at[1] >= 0x80 && at[1] <= 0x9f;
-        if (c1)
-            *at++ = '?';
-        if (c1 || *at < 0x20 || *at == 0x7f)
-            *at = '?';
-    }
-}
-
 static void clean_reply(const Memferry__Control__Reply *reply)
 {
-    clean(reply->error);
-    clean(reply->message);
+    mf_clean_text(reply->error);
+    mf_clean_text(reply->message);
     for (size_t i = 0; i < reply->n_sessions; i++) {
         const Memferry__Control__Session *session = reply->sessions[i];
-        clean(session->name);
-        clean(session->id);
-        clean(session->role);
-        clean(session->state);
-        clean(session->reason);
-        clean(session->peer);
+        mf_clean_text(session->name);
+        mf_clean_text(session->id);
+        mf_clean_text(session->role);
+        mf_clean_text(session->state);
+        mf_clean_text(session->reason);
+        mf_clean_text(session->peer);
     }
 }
 

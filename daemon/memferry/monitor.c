@@ -88,6 +88,7 @@ __attribute__((format(printf, 1, 2))) static void notice(const char *format, ...
     va_start(args, format);
     vsnprintf(sentence, sizeof(sentence), format, args);
     va_end(args);
+    mf_clean_text(sentence);
     fprintf(stderr, "memferry: %s\n", sentence);
 }
 

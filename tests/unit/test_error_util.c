@@ -25,6 +25,9 @@ static void fails_with_a_sentence(void **state)
     assert_int_equal(mf_fail(NULL, EPERM, "nobody listens"), -EPERM);
     assert_int_equal(mf_fail(&err, EIO, "%01000d", 7), -EIO); /* longer than there is room for */
     assert_int_equal(strlen(err.text), sizeof(err.text) - 1);
+    /* A process may call itself anything, and this ends on a terminal. */
+    mf_fail(&err, EIO, "%s", "\033]0;x\a \302\233 \177 \303\244");
+    assert_string_equal(err.text, "?]0;x? ?? ? \303\244");
 }
 
 static void names_of_sessions(void **state)
