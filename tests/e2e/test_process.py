@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The adapter for any process: a program of the tests' own (program.c) changes hosts while it works."""
+import mmap
 import os
 import random
 import re
@@ -942,7 +943,7 @@ def address_of(program, path):
 @e2e()
 def process_check(sandbox):
     """`memferry check --pid` says what would be done."""
-    pair = Pair(sandbox)
+    pair = Pair(sandbox, "--ops", "wv")  # no children, which share the memory
     answer = pair.a.expect(0, "check", "--pid", pair.source.pid, "--json").json
     need(answer["able"] and {row["name"] for row in answer["regions"]} == {"heap0", "heap1"}, str(answer))
     need(all(row["size_bytes"] == 16 << 20 and row["kind"] == "tmpfs" for row in answer["regions"]), str(answer))
@@ -951,4 +952,21 @@ def process_check(sandbox):
     need("heap0" in plain and "private memory" in plain, plain)
     answer = pair.a.expect(1, "check", "--pid", os.getpid(), "--json").json
     need(not answer["able"] and answer["reason"], str(answer))
+
+    # Private memory is looked at as well,
+    with open(f"/proc/{pair.source.pid}/maps", encoding="utf-8") as maps:
+        lines = [line.split() for line in maps]
+    heap = next(line[0] for line in lines if line[-1] == "[heap]")
+    answer = pair.a.expect(0, "check", "--pid", pair.source.pid, "--region", f"mine=anon:{heap}", "--json").json
+    start, end = (int(addr, 16) for addr in heap.split("-"))
+    need([(row["name"], row["path"], row["kind"], row["size_bytes"]) for row in answer["regions"]] ==
+         [("mine", f"anon:{heap}", "private", end - start)], str(answer))
+    answer = pair.a.expect(1, "check", "--pid", pair.source.pid, "--region", "mine=anon:no-such", "--json").json
+    need(not answer["able"] and "no-such" in answer["reason"], str(answer))
+    # and so is who else maps the memory.
+    shared = next(line for line in lines if any("heap0" in word for word in line[5:]) and line[1].endswith("s"))
+    with open(f"/proc/{pair.source.pid}/map_files/{shared[0]}", "rb") as file:
+        with mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ):
+            answer = pair.a.expect(1, "check", "--pid", pair.source.pid, "--json").json
+            need(not answer["able"] and f"pid {os.getpid()}" in answer["reason"], str(answer))
     pair.check_stayed()
