@@ -157,7 +157,7 @@ int memferry_provider_file(const struct memferry_file *files, unsigned count,
     /* An array of structs that may be smaller than ours: go by the size that they say. */
     const char *at = (const char *)files;
     for (unsigned i = 0; i < count; i++) {
-        struct memferry_file file;
+        struct memferry_file file = {0};
         size_t size;
         memcpy(&size, at, sizeof(size));
         int r = server_take(&file, sizeof(file), at, "struct memferry_file");

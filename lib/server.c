@@ -66,7 +66,6 @@ int server_take(void *to, size_t size, const void *from, const char *what)
         if (i >= STRUCT_BYTES_MAX || ((const char *)from)[i])
             return server_fail(E2BIG, "a %s has something that this version (%s) does not know",
                                what, MF_VERSION);
-    memset(to, 0, size);
     memcpy(to, from, given < size ? given : size);
     return 0;
 }
@@ -455,7 +454,7 @@ int memferry_server_set_provider(struct memferry_server *s,
 {
     if (s->provider.want || s->started)
         return server_fail(EALREADY, "the server has a provider, or serves already");
-    struct memferry_provider all;
+    struct memferry_provider all = {0};
     int r = server_take(&all, sizeof(all), provider, "struct memferry_provider");
     if (r < 0)
         return r;

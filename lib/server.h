@@ -128,9 +128,12 @@ int server_fail(int code, const char *fmt, ...) __attribute__((format(printf, 2,
 /** server_pass() - the same from a struct mf_error. Return: -err->code. */
 int server_pass(const struct mf_error *err);
 
-/** server_take() - a struct of the caller's, which begins with its struct_bytes, into the @size
- * bytes that this library knows at @to: what it has not got is 0. @what: for the sentence. Return:
- * 0; -EINVAL: it does not say how large it is; -E2BIG: it has something that is not known. */
+/**
+ * server_take() - a struct of the caller's, which begins with its struct_bytes, into the @size
+ * bytes at @to, which are 0.
+ * @what: its name.
+ * Return: 0; -EINVAL: it does not say how large it is; -E2BIG: it says something that is not known.
+ */
 int server_take(void *to, size_t size, const void *from, const char *what);
 
 /** server_check_flags() - Return: 0, or -EINVAL with a sentence: others than @known. */

@@ -308,7 +308,7 @@ static int add_region(struct memferry_server *s, void *argument)
 
 int memferry_region_add(struct memferry_server *s, const struct memferry_region *region)
 {
-    struct memferry_region from;
+    struct memferry_region from = {0};
     int r = server_take(&from, sizeof(from), region, "struct memferry_region");
     if (r == 0)
         r = server_check_flags(from.flags, MEMFERRY_REGION_TAKE_OVER, "region");
@@ -427,7 +427,7 @@ static int add_mapping(struct memferry_server *s, void *argument)
 
 int memferry_mapping_add(struct memferry_server *s, const struct memferry_mapping *mapping)
 {
-    struct memferry_mapping from;
+    struct memferry_mapping from = {0};
     int r = server_take(&from, sizeof(from), mapping, "struct memferry_mapping");
     if (r == 0)
         r = server_check_flags(from.flags, MEMFERRY_MAPPING_REGISTERED, "mapping");

@@ -69,7 +69,7 @@ static void a_snapshot_is_restored_as_it_is_touched(void **state)
     }
 }
 
-static int bad_page;
+static _Atomic int bad_page;
 static int tell_bad_page(void *arg, const struct memferry_failure *failure)
 {
     (void)arg;
