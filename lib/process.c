@@ -28,7 +28,8 @@ int mf_choice_parse(const char *text, struct mf_choice *out, struct mf_error *er
         strlen(equals + 1) >= sizeof(choice.what))
         return mf_fail(err, EINVAL,
                        "'%.80s' is not NAME=FILE: a name for the region, and the path of the file "
-                       "as /proc/PID/maps has it, memfd:NAME or an address in it (0x...)",
+                       "as /proc/PID/maps has it, memfd:NAME, an address in it (0x...), or of "
+                       "private memory anon:NAME or anon:START-END",
                        text);
     memcpy(choice.name, text, name_bytes);
     memcpy(choice.what, equals + 1, strlen(equals + 1));

@@ -69,8 +69,10 @@ static int set_qmp(struct cli_args *args, const char *value, struct mf_error *er
 static int set_pid(struct cli_args *args, const char *value, struct mf_error *err)
 {
     uint64_t pid;
-    if (mf_number_parse(value, 2, INT32_MAX, &pid) < 0)
+    if (mf_number_parse(value, 1, INT32_MAX, &pid) < 0)
         return mf_fail(err, EINVAL, "--pid '%.80s' is not the id of a process", value);
+    if (pid == 1)
+        return mf_fail(err, EINVAL, "--pid 1: the first process of a host can't be migrated");
     args->process.pid = (uint32_t)pid;
     return 0;
 }

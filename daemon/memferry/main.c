@@ -31,7 +31,8 @@ static void print_help(void)
 
 static void print_verb_help(const struct cli_verb *verb)
 {
-    printf("usage: memferry [--runtime-dir DIR] %s%s%s\n\n%s", verb->word,
+    bool alone = verb->run == verb_check || verb->run == verb_monitor; /* they need no memferryd */
+    printf("usage: memferry %s%s%s%s\n\n%s", alone ? "" : "[--runtime-dir DIR] ", verb->word,
            verb->usage[0] ? " " : "", verb->usage, verb->help);
 }
 

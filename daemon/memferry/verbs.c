@@ -18,7 +18,8 @@
     "  --resume COMMAND  let it go on, on the host where it belongs (default: SIGCONT)\n"          \
     "  --region NAME=FILE\n"                                                                       \
     "                    migrate only this memory, under this name; may be repeated.\n"            \
-    "                    FILE: a path, memfd:NAME, or an address in it (0x...)\n"                  \
+    "                    FILE: a path, memfd:NAME, or an address in it (0x...);\n"                 \
+    "                    of private memory anon:NAME or anon:START-END\n"                          \
     "  --timeout SECONDS how long a command may take (default: 60)\n"                              \
     "With --pid the default --mode is postcopy.\n"
 
@@ -141,7 +142,7 @@ const struct cli_verb cli_verbs[] = {
                 "of this host. Works without memferryd; run it as root, as memferryd runs.\n"
                 "Exits with 0 if this host is able, with 1 if something is missing.\n"
                 "With --pid, looks instead at what of a process's memory would be migrated,\n"
-                "and what is left to its own commands.\n"
+                "and what is left to its own commands; exits with 1 if it can't be migrated.\n"
                 "\n"
                 "  --pid PID           the process\n"
                 "  --region NAME=FILE  as for 'memferry migrate'\n"
@@ -194,6 +195,9 @@ int verb_fail(const struct cli_args *args, int code, const char *sentence)
         show_json(show_json_failure(args->name, NULL, NULL, sentence));
     else if (args->json && args->verb->run == verb_status)
         show_json(json_pack("{s:[], s:o}", "sessions", "reason", show_json_text(sentence)));
+    else if (args->json && args->process.pid)
+        show_json(json_pack("{s:i, s:n, s:o}", "pid", (int)args->process.pid, "able", "reason",
+                            show_json_text(sentence)));
     else if (args->json)
         show_json(
             json_pack("{s:n, s:{}, s:o}", "able", "checks", "reason", show_json_text(sentence)));
