@@ -427,7 +427,7 @@ class Usage(Case):
         (["receive", "vm", "--pid", "7"], "needs --load COMMAND"),
         (["migrate", "vm", "--pid", "7", "--to", "h"], "needs --save COMMAND"),
         (["migrate", "vm", "--pid", "7", "--save", "", "--to", "h"], "--save is empty"),
-        (["migrate", "vm", "--pid", "1", "--save", "x", "--to", "h"], "not the id of a process"),
+        (["migrate", "vm", "--pid", "1", "--save", "x", "--to", "h"], "the first process of a host can't be migrated"),
         (["migrate", "vm", "--pid", "self", "--save", "x", "--to", "h"], "not the id of a process"),
         (["migrate", "vm", "--pid", "7", "--save", "x" * 8192, "--to", "h"], "put it in a script"),
         (["migrate", "vm", "--pid", "7", "--save", "x", "--timeout", "0", "--to", "h"], "from 1 to 3600"),
