@@ -389,6 +389,25 @@ size_t mf_change_from_event(const struct uffd_msg *message, struct mf_blocked *b
     return candidates;
 }
 
+uint64_t mf_change_moved_bytes(const struct uffd_msg *message, const struct mf_blocked *blocked,
+                               size_t count)
+{
+    const uint64_t told_bytes = message->arg.remap.len;
+    const struct span range = {message->arg.remap.from, message->arg.remap.from + told_bytes};
+    uint64_t moved_bytes = 0;
+    for (size_t i = 0; i < count; i++) {
+        enum mf_reason reason;
+        if (remaps(&blocked[i], range, message->arg.remap.to, &reason) == NOT_THIS)
+            continue;
+        const uint64_t new_bytes = rounded(blocked[i].args[2], page_size());
+        const uint64_t bytes = new_bytes < told_bytes ? new_bytes : told_bytes;
+        if (moved_bytes && bytes != moved_bytes)
+            return told_bytes;
+        moved_bytes = bytes;
+    }
+    return moved_bytes ? moved_bytes : told_bytes;
+}
+
 void mf_change_settle(struct mf_blocked *blocked, size_t count, ssize_t who,
                       struct mf_change *change)
 {

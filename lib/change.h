@@ -96,6 +96,14 @@ size_t mf_change_from_event(const struct uffd_msg *message, struct mf_blocked *b
                             size_t count, struct mf_change *out);
 
 /**
+ * mf_change_moved_bytes() - how much a REMAP message's call has moved. Where mremap(2) shrinks and
+ * moves some kernels tell the old length (doc/kernel.md). @blocked: as above. Return: what the
+ * message says if the call can't be told.
+ */
+uint64_t mf_change_moved_bytes(const struct uffd_msg *message, const struct mf_blocked *blocked,
+                               size_t count);
+
+/**
  * mf_change_settle() - complete a change that had several candidates.
  * @who: index of the one that did it, or -1 if that can't be told: the change stays as it is, and
  *       before the next message is read the threads have to be observed anew, since what one of

@@ -308,7 +308,9 @@ static void discard_range(struct mf_events *events, uint32_t context, uint64_t s
 static void remapped(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
 {
     const uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
-    uint64_t length_bytes = message->arg.remap.len;
+    const uint64_t length_bytes = events->ops->moved
+                                      ? events->ops->moved(events->arg, context, message)
+                                      : message->arg.remap.len;
     /* Memory without a file can't be known again at its new place. */
     bool files = true;
     if (has_private(events) && events->watch == MF_EVENTS_FAULTS &&

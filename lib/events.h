@@ -94,6 +94,9 @@ struct mf_events_ops {
     unsigned (*observe)(void *arg, uint32_t context);
     /** removed: what a REMOVE event over [@start_addr, @end_addr) does. NULL: it removes. */
     enum mf_removed (*removed)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);
+    /** moved: how much a REMAP event's call has moved, which may be less than it says. NULL: as
+     * much as it says. */
+    uint64_t (*moved)(void *arg, uint32_t context, const struct uffd_msg *message);
     /** changed: @message, an event, has taken effect. @child: the context that a fork brought, else
      * UINT32_MAX. From mf_events_read(), as discard. May be NULL. */
     void (*changed)(void *arg, uint32_t context, const struct uffd_msg *message, uint32_t child);

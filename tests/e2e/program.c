@@ -310,7 +310,8 @@ static void move_leaving(struct worker *w, unsigned region, unsigned chunk)
     w->chunk[region][chunk] = at;
 }
 
-/* In place if there is room behind it, else moved; the end is new memory. Then it shrinks again. */
+/* In place if there is room behind it, else moved; the end is new memory. Then it shrinks again, in
+ * place or on the way to another. */
 static void grow_and_shrink(struct worker *w, unsigned region, unsigned chunk)
 {
     const uint64_t bytes = chunk_pages() * page_bytes, more = 8 * page_bytes;
@@ -333,9 +334,13 @@ static void grow_and_shrink(struct worker *w, unsigned region, unsigned chunk)
     must_be_zero(at + bytes + 3 * page_bytes, "what a mapping grew by");
     memset(at + bytes, 0x77, more);
     verify(at + page * page_bytes, region, first_page(w, chunk) + page);
-    if (mremap(at, bytes + more, bytes, 0) != at)
+    uint8_t *to = draw(w, 2) ? reserve(bytes) : NULL;
+    uint8_t *less =
+        mremap(at, bytes + more, bytes, to ? MREMAP_MAYMOVE | MREMAP_FIXED : 0, to ? to : at);
+    if (less == MAP_FAILED)
         die("mremap to less");
-    w->chunk[region][chunk] = at;
+    w->chunk[region][chunk] = less;
+    verify(less + page * page_bytes, region, first_page(w, chunk) + page);
 }
 
 static void lock_and_unlock(struct worker *w, unsigned region, uint64_t page, uint64_t pages,

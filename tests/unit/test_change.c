@@ -353,6 +353,30 @@ static void every_word_is_there_once(void **state)
         assert_string_equal(mf_reason_name((enum mf_reason)i), reasons[i]);
 }
 
+static uint64_t moved_bytes(struct uffd_msg message, const struct mf_blocked *a,
+                            const struct mf_blocked *b)
+{
+    const struct mf_blocked both[] = {*a, *b};
+    return mf_change_moved_bytes(&message, both, 2);
+}
+
+/* 6.1 and 6.12 tell the old length. */
+static void what_was_moved_is_what_the_call_says(void **state)
+{
+    (void)state;
+    const struct mf_blocked *other = CALL(SYS_munmap, A, 4 * PAGE);
+    const struct mf_blocked *shrink = CALL(SYS_mremap, A, 4 * PAGE, PAGE + 1, MOVE_FIXED, B);
+    assert_int_equal(moved_bytes(remapped(A, B, 4 * PAGE), other, shrink), 2 * PAGE);
+    assert_int_equal(moved_bytes(remapped(A, B, 2 * PAGE), other, shrink), 2 * PAGE);
+    assert_int_equal(moved_bytes(remapped(A, B, 4 * PAGE), other, other), 4 * PAGE);
+    assert_int_equal(moved_bytes(remapped(A, B + PAGE, 4 * PAGE), other, shrink), 4 * PAGE);
+    const struct mf_blocked *grow = CALL(SYS_mremap, A, 4 * PAGE, 9 * PAGE, MOVE_FIXED, B);
+    assert_int_equal(moved_bytes(remapped(A, B, 4 * PAGE), grow, other), 4 * PAGE);
+    assert_int_equal(moved_bytes(remapped(A, B, 4 * PAGE), grow, shrink), 4 * PAGE); /* which? */
+    const struct mf_blocked *doubles = CALL(SYS_mremap, A, 0, PAGE, MREMAP_MAYMOVE, 0);
+    assert_int_equal(moved_bytes(remapped(A, B, 0), doubles, other), 0);
+}
+
 static void who_may_free_is_told_from_who_does_not(void **state)
 {
     (void)state;
@@ -385,6 +409,7 @@ int main(void)
         cmocka_unit_test(calls_that_differ_are_not_guessed_at),
         cmocka_unit_test(every_word_is_there_once),
         cmocka_unit_test(who_may_free_is_told_from_who_does_not),
+        cmocka_unit_test(what_was_moved_is_what_the_call_says),
     };
     return cmocka_run_group_tests_name("change", tests, NULL, NULL);
 }

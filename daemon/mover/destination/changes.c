@@ -69,6 +69,11 @@ unsigned changes_observe(struct mover *mover, uint32_t context)
     return r >= 0 ? (unsigned)r : 1;
 }
 
+uint64_t changes_moved_bytes(const struct mover *mover, const struct uffd_msg *message)
+{
+    return mf_change_moved_bytes(message, mover->companion.blocked, mover->companion.blocked_count);
+}
+
 /* Which pages these are can't be told before the process's maps are there. */
 static void know_sender(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr)
 {

@@ -75,6 +75,7 @@ unsigned changes_observe(struct mover *mover, uint32_t context);
 enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, uint32_t context,
                                 uint64_t start_addr, uint64_t end_addr);
 
+uint64_t changes_moved_bytes(const struct mover *mover, const struct uffd_msg *message);
 /* ---- catch_up.c ---- */
 
 /** catch_up() - a successor, before it serves anybody: bring the layout of private memory up to

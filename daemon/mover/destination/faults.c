@@ -32,7 +32,6 @@
 #define UNREAD_NS 500000    /**< messages that could not be read yet are tried again so often */
 #define RETRY_NS 5000000    /**< parked faults are tried again this often, at the latest */
 
-#define UNKNOWN_SAID 16u      /**< so many are logged one by one */
 #define CHILDREN_NS 500000000 /**< so often it is seen which children are gone */
 
 enum tag { TAG_KICK = 1, TAG_RECV, TAG_SEND, TAG_TIMER, TAG_UFFD, TAG_CHILDREN, TAG_CANCEL };
@@ -445,6 +444,13 @@ static void arm_children_timer(struct fault_thread *t)
     t->children_armed = true;
 }
 
+static uint64_t moved(void *argument, uint32_t context, const struct uffd_msg *message)
+{
+    const struct fault_thread *t = argument;
+    (void)context;
+    return changes_moved_bytes(t->mover, message);
+}
+
 static void uffd_readable(struct fault_thread *t, uint32_t context, const struct io_uring_cqe *cqe)
 {
     const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
@@ -548,7 +554,8 @@ static const struct mf_events_ops telling_ops = {.fault = fault,
                                                  .forked = forked,
                                                  .maps = maps,
                                                  .observe = observe,
-                                                 .removed = removed};
+                                                 .removed = removed,
+                                                 .moved = moved};
 
 int faults_start(struct mover *mover)
 {
