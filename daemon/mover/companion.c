@@ -32,8 +32,9 @@
  * looked until nobody new is seen. */
 #define SOON_NS 2000000u
 #define SOON_EACH_NS 20000u /**< so much longer for each who waited */
-#define SOON_LOOKS 8u
-#define CHILD_TRIES 60u /**< 50 µs each */
+#define SOON_LOOKS 6u
+#define SOON_PAUSE_NS 30000u /**< before the second look; longer, the more there are */
+#define CHILD_TRIES 60u      /**< 50 µs each */
 
 enum question { INTRODUCE = 1, OBSERVE, SETTLE, MAPS, CHILD, SENDER };
 
@@ -488,7 +489,9 @@ int companion_observe(struct companion *companion, pid_t pid)
     int r = observe_more(companion, pid);
     for (unsigned i = 0; soon && r > 0 && i < SOON_LOOKS; i++) {
         const size_t seen = companion->blocked_count;
-        nanosleep(&(struct timespec){.tv_nsec = 30000}, NULL);
+        const size_t many = seen > before_count ? seen : before_count;
+        nanosleep(&(struct timespec){.tv_nsec = (long)(SOON_PAUSE_NS << i) + (long)many * 10000},
+                  NULL);
         r = observe_more(companion, pid);
         if (companion->blocked_count == seen)
             break;
