@@ -58,6 +58,7 @@ struct fault_thread {
     uint8_t *in; /**< a header, then its page-aligned payload (as in bulk.c) */
     size_t in_have, in_need;
     struct mf_frame frame;
+    bool unwanted; /**< one is received that has no place: it is overwritten piece by piece */
     uint8_t *huge; /**< a huge page's place in the second mapping while it is received */
     uint8_t out[REQUESTS_ROOM * MF_FRAME_HEADER_BYTES];
     size_t out_have, out_sending;
@@ -155,12 +156,17 @@ static void arm_recv(struct fault_thread *t)
 {
     if (t->receiving || t->fd < 0 || t->broken)
         return;
+    const size_t missing = t->in_need - t->in_have;
     struct io_uring_sqe *sqe = get_sqe(t);
     if (t->huge)
-        io_uring_prep_recv(sqe, t->fd, t->huge + t->in_have, t->in_need - t->in_have, 0);
+        io_uring_prep_recv(sqe, t->fd, t->huge + t->in_have, missing, 0);
+    else if (t->unwanted)
+        io_uring_prep_recv(sqe, t->fd, t->in + LEAD,
+                           missing < MF_FRAME_DATA_MAX_BYTES ? missing : MF_FRAME_DATA_MAX_BYTES,
+                           0);
     else
         io_uring_prep_recv(sqe, t->fd, t->in + FRAME_START + t->in_have,
-                           t->in_need + MF_FRAME_HEADER_BYTES - t->in_have, 0);
+                           missing + MF_FRAME_HEADER_BYTES, 0);
     tag_sqe(sqe, TAG_RECV, 0);
     t->receiving = true;
 }
@@ -171,37 +177,33 @@ static void start_frame(struct fault_thread *t)
     t->in_need = MF_FRAME_HEADER_BYTES;
 }
 
-/* A huge page's payload: from now on in_have and in_need count its bytes. One that is not wanted
- * any more is received into the buffer in pieces. */
+/* A huge page's payload: from now on in_have and in_need count its bytes. */
 static void begin_huge(struct fault_thread *t)
 {
     size_t along = t->in_have - MF_FRAME_HEADER_BYTES;
-    t->huge = NULL;
     int r = mf_land_begin_huge(&t->lander, &t->frame, &t->huge);
     if (r < 0) {
         account_failed(t->mover, r);
         t->broken = true;
         return;
     }
-    if (!t->huge) {
-        /* Only a frame that travelled twice: let the link be made anew rather than carry a second
-         * path for megabytes that nobody needs. */
-        t->huge = malloc(t->frame.length_bytes);
-        if (!t->huge)
-            mover_fatal("out of memory for a huge page");
-        t->frame.flags = 0xff; /* scratch */
-    }
-    memcpy(t->huge, t->in + LEAD, along);
+    t->unwanted = !t->huge; /* somebody else has it, or is receiving it */
+    if (t->huge)
+        memcpy(t->huge, t->in + LEAD, along);
     t->in_have = along;
     t->in_need = t->frame.length_bytes;
 }
+static bool in_huge(const struct fault_thread *t)
+{
+    return t->huge || t->unwanted;
+}
+
 
 static void end_huge(struct fault_thread *t, bool arrived)
 {
-    if (t->frame.flags == 0xff)
-        free(t->huge);
-    else
+    if (t->huge)
         mf_land_end_huge(&t->lander, &t->frame, arrived);
+    t->unwanted = false;
     t->huge = NULL;
 }
 
@@ -212,7 +214,7 @@ static void take_frames(struct fault_thread *t)
     while (!t->broken && t->in_have >= t->in_need) {
         const char *why = NULL;
         uint8_t *header = t->in + FRAME_START;
-        if (t->huge) {
+        if (in_huge(t)) {
             end_huge(t, true);
             t->in_have = 0;
             start_frame(t);
@@ -280,7 +282,7 @@ static void change_connection(struct fault_thread *t)
     int wanted = atomic_load(&t->wanted_fd);
     if (wanted == t->fd || t->sending || t->receiving)
         return; /* what is under way ends first: the main thread has shut the old socket down */
-    if (t->huge)
+    if (in_huge(t))
         end_huge(t, false);
     t->fd = wanted;
     t->broken = false;
