@@ -47,8 +47,7 @@ struct fault_thread {
     struct mf_events events;
     bool timer_armed, children_armed;
     struct __kernel_timespec timer, children_timer;
-    bool short_of_fds;     /**< and this was said */
-    uint32_t held_context; /**< whose fork waits for a descriptor */
+    bool short_of_fds; /**< a fork waits for a descriptor, and this was said */
 
     /* The urgent connection. wanted_fd is the main thread's wish; fd is what this thread uses. */
     _Atomic int wanted_fd;
@@ -58,8 +57,8 @@ struct fault_thread {
     uint8_t *in; /**< a header, then its page-aligned payload (as in bulk.c) */
     size_t in_have, in_need;
     struct mf_frame frame;
-    bool unwanted; /**< one is received that has no place: it is overwritten piece by piece */
     uint8_t *huge; /**< a huge page's place in the second mapping while it is received */
+    bool unwanted; /**< one is received that has no place: it is overwritten piece by piece */
     uint8_t out[REQUESTS_ROOM * MF_FRAME_HEADER_BYTES];
     size_t out_have, out_sending;
 };
@@ -156,8 +155,8 @@ static void arm_recv(struct fault_thread *t)
 {
     if (t->receiving || t->fd < 0 || t->broken)
         return;
-    const size_t missing = t->in_need - t->in_have;
     struct io_uring_sqe *sqe = get_sqe(t);
+    const size_t missing = t->in_need - t->in_have;
     if (t->huge)
         io_uring_prep_recv(sqe, t->fd, t->huge + t->in_have, missing, 0);
     else if (t->unwanted)
@@ -193,18 +192,18 @@ static void begin_huge(struct fault_thread *t)
     t->in_have = along;
     t->in_need = t->frame.length_bytes;
 }
+
 static bool in_huge(const struct fault_thread *t)
 {
     return t->huge || t->unwanted;
 }
 
-
 static void end_huge(struct fault_thread *t, bool arrived)
 {
     if (t->huge)
         mf_land_end_huge(&t->lander, &t->frame, arrived);
-    t->unwanted = false;
     t->huge = NULL;
+    t->unwanted = false;
 }
 
 /* Work off what has been received. */
@@ -357,11 +356,33 @@ static void look_for_gone_children(struct fault_thread *t)
     }
 }
 
+/* Of a child that has ended the maps tell nothing any more, while the userfaultfd is waited for and
+ * goes later. Return: is there a descriptor more? */
+static bool spare_maps(struct fault_thread *t)
+{
+    for (uint32_t i = 0; i < t->mover->contexts.count; i++) {
+        struct mf_context *context = mf_context_at(&t->mover->contexts, i);
+        if (!context || !context->child || context->maps_fd < 0 || mf_uffd_alive(context->uffd))
+            continue;
+        close(context->maps_fd);
+        context->maps_fd = -1;
+        return true;
+    }
+    return false;
+}
+
+static bool is_short(int error)
+{
+    return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
+}
+
 /* Return: was there an event? */
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
     int r = mf_events_read(&t->events, context);
-    if (r == -EMFILE || r == -ENFILE || r == -ENOMEM) {
+    while (is_short(r) && spare_maps(t))
+        r = mf_events_read(&t->events, context);
+    if (is_short(r)) {
         /* The fork's event stays where it is, and with it everything that waits for a page of this
          * process, until a child has ended. */
         if (!t->short_of_fds)
@@ -370,7 +391,6 @@ static bool read_messages(struct fault_thread *t, uint32_t context)
                    "is followed has ended: %s (LimitNOFILE= of memferryd.service)",
                    t->mover->name, t->mover->contexts.used - 1, strerror(-r));
         t->short_of_fds = true;
-        t->held_context = context;
         return false;
     }
     if (r < 0)
@@ -424,6 +444,13 @@ static enum mf_removed removed(void *argument, uint32_t context, uint64_t start_
     return changes_removed(t->mover, &t->events, context, start_addr, end_addr);
 }
 
+static uint64_t moved(void *argument, uint32_t context, const struct uffd_msg *message)
+{
+    const struct fault_thread *t = argument;
+    (void)context;
+    return changes_moved_bytes(t->mover, message);
+}
+
 static void arm_timer(struct fault_thread *t)
 {
     if (t->timer_armed || !mf_events_parked(&t->events))
@@ -446,13 +473,6 @@ static void arm_children_timer(struct fault_thread *t)
     t->children_armed = true;
 }
 
-static uint64_t moved(void *argument, uint32_t context, const struct uffd_msg *message)
-{
-    const struct fault_thread *t = argument;
-    (void)context;
-    return changes_moved_bytes(t->mover, message);
-}
-
 static void uffd_readable(struct fault_thread *t, uint32_t context, const struct io_uring_cqe *cqe)
 {
     const struct mf_context *of = mf_context_at(&t->mover->contexts, context);
@@ -471,6 +491,12 @@ static void uffd_readable(struct fault_thread *t, uint32_t context, const struct
         arm_uffd(t, context);
 }
 
+static void read_every_context(struct fault_thread *t)
+{
+    for (uint32_t i = 0; i < t->mover->contexts.count; i++)
+        mf_events_serve(&t->events, read_messages(t, i));
+}
+
 static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
 {
     const unsigned index = (unsigned)(cqe->user_data >> 8);
@@ -483,7 +509,7 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
         look_for_gone_children(t);
         if (t->short_of_fds) {
             t->short_of_fds = false; /* or it is said again */
-            mf_events_serve(&t->events, read_messages(t, t->held_context));
+            read_every_context(t);
         }
         break;
     case TAG_CANCEL:
@@ -519,8 +545,7 @@ static void *fault_main(void *argument)
     catch_up(t->mover, on_event, t);
     mf_limbo_clear(&t->events.limbo, &t->mover->layout);
     /* A poll says "readable" on the way from not to readable: what came before is read here. */
-    for (uint32_t i = 0; i < t->mover->contexts.count; i++)
-        mf_events_serve(&t->events, read_messages(t, i));
+    read_every_context(t);
     for (;;) {
         struct io_uring_cqe *cqe;
         change_connection(t);
