@@ -22,6 +22,8 @@
 #include <unistd.h>
 
 #include "daemon/mover/mover.h"
+#include "daemon/mover/schedule.h"
+#include "lib/children.h"
 #include "lib/proc_stat.h"
 #include "lib/uapi.h"
 #include "lib/util.h"
@@ -348,6 +350,7 @@ static void keep_on(void)
     const int most = getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < 1u << 20
                          ? (int)limit.rlim_cur
                          : 1 << 20;
+    schedule_behind();
     for (;;) {
         bool somebody = false;
         nanosleep(&(struct timespec){.tv_sec = 1}, NULL);

@@ -227,11 +227,11 @@ int main(int argc, char **argv)
     const uid_t uid = (uid_t)strtoul(argv[2], NULL, 10);
     const gid_t gid = (gid_t)strtoul(argv[3], NULL, 10);
     raise_fd_limit();
+    schedule_first(); /* the companion too: while it looks nobody resolves */
     mover.companion.sock = -1;
     if (strcmp(argv[5], "destination") == 0 &&
         companion_start(&mover.companion, mover.ipc_fd, uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
-    schedule_first();
     if (sandbox_drop_privileges(uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
     mover.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -214,7 +214,7 @@ int sandbox_companion(uid_t uid, gid_t gid, struct mf_error *err)
         SCMP_SYS(madvise),
         /* itself */
         SCMP_SYS(getpid), SCMP_SYS(gettid), SCMP_SYS(prlimit64), SCMP_SYS(rt_sigreturn),
-        SCMP_SYS(exit), SCMP_SYS(exit_group)};
+        SCMP_SYS(sched_setscheduler), SCMP_SYS(setpriority), SCMP_SYS(exit), SCMP_SYS(exit_group)};
     static const unsigned long requests[] = {PROCMAP_QUERY, UFFDIO_WRITEPROTECT};
     if (prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) != 0)
         return mf_fail(err, errno, "the mover's companion cannot keep capabilities: %s",
