@@ -214,24 +214,27 @@ static int open_process(pid_t pid)
  * was told of. It appears when the event has been read and the thread goes on. */
 static int find_child(pid_t tid, int32_t *pid)
 {
-    char path[64], line[4096];
-    snprintf(path, sizeof(path), "/proc/%d/task/%d/children", (int)tid, (int)tid);
+    cleanup_close int proc_fd = mf_observe_open(tid, NULL);
+    if (proc_fd < 0)
+        return proc_fd;
     for (unsigned i = 0; i < CHILD_TRIES; i++) {
-        cleanup_fclose FILE *f = fopen(path, "re");
-        if (!f)
-            return -errno; /* it is gone, or the kernel has no such file (CONFIG_PROC_CHILDREN) */
-        line[0] = '\0';
-        for (char *at = fgets(line, sizeof(line), f), *end; at && *at; at = end) {
-            const pid_t child = (pid_t)strtol(at, &end, 10);
-            if (child <= 0 || end == at)
-                break;
-            const int fd = is_told(child) ? -1 : open_maps(child, 0);
-            if (fd < 0)
-                continue;
-            *pid = child;
-            told(child);
-            return fd;
+        struct mf_children now;
+        int fd = mf_children_read(proc_fd, tid, &now);
+        if (fd < 0)
+            return fd; /* it is gone, or the kernel has no such file (CONFIG_PROC_CHILDREN) */
+        fd = -1;
+        /* From the highest number on: most likely that is the newest. */
+        for (size_t left = now.count; left > 0 && fd < 0; left--) {
+            const pid_t child = now.list[left - 1];
+            fd = is_told(child) ? -1 : open_maps(child, 0);
+            if (fd >= 0) {
+                *pid = child;
+                told(child);
+            }
         }
+        mf_children_free(&now);
+        if (fd >= 0)
+            return fd;
         nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
     }
     return -ESRCH;
@@ -347,10 +350,10 @@ static void keep_on(void)
     struct rlimit limit;
     if (atomic_load(known.children) == 0)
         _exit(EXIT_SUCCESS);
+    schedule_behind();
     const int most = getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < 1u << 20
                          ? (int)limit.rlim_cur
                          : 1 << 20;
-    schedule_behind();
     for (;;) {
         bool somebody = false;
         nanosleep(&(struct timespec){.tv_sec = 1}, NULL);
