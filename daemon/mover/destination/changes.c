@@ -20,8 +20,8 @@ static pid_t process_of(const struct mover *mover, uint32_t context)
 
 void changes_learn(struct mover *mover, struct mf_events *events)
 {
-    struct mf_mapping mappings[MF_MAPPINGS_MAX];
-    const unsigned count = mf_layout_get(&mover->layout, mappings, MF_MAPPINGS_MAX);
+    static struct mf_mapping mappings[MF_LAYOUT_MAX]; /* once, on one thread */
+    const unsigned count = mf_layout_get(&mover->layout, mappings, MF_LAYOUT_MAX);
     for (unsigned i = 0; i < count; i++) {
         const struct mf_mapping *m = &mappings[i];
         const struct mf_context *context = mf_context_at(&mover->contexts, m->context);
