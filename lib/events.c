@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <poll.h>
 #include <string.h>
 #include <time.h>
@@ -280,8 +281,14 @@ static void discard_range(struct mf_events *events, uint32_t context, uint64_t s
                           bool files)
 {
     /* The event is sent for each mapping by itself, before anything is done to it. */
-    if (files && !mf_layout_covers(events->layout, context, start, end))
-        learn(events, context, start, end);
+    int r = files && !mf_layout_covers(events->layout, context, start, end)
+                ? learn(events, context, start, end)
+                : 0;
+    if (r < 0)
+        mf_log(MF_LOG_WARNING,
+               "which pages lie at %#" PRIx64 ", of which a process has discarded %" PRIu64
+               " KiB, can't be told (%s): those that have not arrived still come",
+               start, (end - start) >> 10, strerror(-r));
     struct mf_mapping m;
     for (uint64_t at = start; mf_layout_from(events->layout, context, at, &m);) {
         if (m.start_addr > at)
