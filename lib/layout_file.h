@@ -7,8 +7,8 @@
  * were read are gone. So whoever applies events writes down, after each, what it then knows.
  *
  * What dies between the reading of an event and the writing leaves the file one event behind; that
- * is some microseconds, only while the target changes its layout, and can't be closed: no call
- * reads an event and keeps it.
+ * is some microseconds, only while the target changes its layout, and lib/reconcile.h finds out
+ * which event it was.
  *
  * Not for several writers. memferryd makes the file and never looks into it.
  */

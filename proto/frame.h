@@ -111,7 +111,7 @@ int mf_frame_decode(const uint8_t in[MF_FRAME_HEADER_BYTES], struct mf_frame *ou
 
 /**
  * mf_frame_check() - every number of a decoded header against the session (I11).
- * @to_destination: DATA, ZERO and BARRIER are allowed that way; REQUEST the other way.
+ * @to_destination: REQUEST is allowed the other way, all others that way.
  * Return: 0, or -EPROTO with a static sentence in @why. After 0 every index is in range, products
  * do not overflow and the payload's length is what the pages need.
  */

@@ -5,6 +5,7 @@
  *   fault_table.c  who waits since when
  *   account.c      what landing a page means to the session
  *   changes.c      what is to be found out when the target changes its layout
+ *   catch_up.c     where a successor finds private memory
  *   bulk.c         a bulk connection's thread
  * What a userfaultfd says is read by lib/events.c; lib/land.c gets bytes into the page cache, and
  * lib/resolve.c makes the ioctls that resolve.
@@ -74,8 +75,8 @@ int changes_maps(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr
 unsigned changes_observe(struct mover *mover, uint32_t context);
 enum mf_removed changes_removed(struct mover *mover, struct mf_events *events, uint32_t context,
                                 uint64_t start_addr, uint64_t end_addr);
-
 uint64_t changes_moved_bytes(const struct mover *mover, const struct uffd_msg *message);
+
 /* ---- catch_up.c ---- */
 
 /** catch_up() - a successor, before it serves anybody: bring the layout of private memory up to
