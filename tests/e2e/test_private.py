@@ -59,7 +59,7 @@ def whole_way(sandbox, *options, **more):
 @e2e()
 def private_postcopy(sandbox):
     """Every page is asked for or swept; moved, discarded, locked, forked and grown while it is missing."""
-    result = whole_way(sandbox, "--mode", "postcopy")
+    result = whole_way(sandbox, "--mode", "postcopy", "--bandwidth", "200M")
     need(result["mode"] == "postcopy" and result["faults"]["count"], f"{result}")
 
 
