@@ -350,11 +350,21 @@ struct run {
 static int discard(struct memferry_server *s, void *argument)
 {
     const struct run *run = argument;
-    mf_gate_close(&s->gate);
-    s->applying = true;
-    mf_land_discard(&s->lander, run->region, run->first, run->pages, true);
-    s->applying = false;
-    mf_gate_open(&s->gate);
+    const struct mf_pages *pages = &s->pages[run->region];
+    const uint64_t end = run->first + run->pages;
+    for (uint64_t page = run->first; page < end;) {
+        uint8_t poisoned; /* which punching does not take out of page tables */
+        const uint64_t next = page + mf_page_run_of(pages, MF_PAGE_POISONED, page, end, &poisoned);
+        mf_gate_close(&s->gate);
+        s->applying = true;
+        mf_land_discard(&s->lander, run->region, page, next - page, true);
+        s->applying = false;
+        mf_gate_open(&s->gate);
+        for (; poisoned && page < next; page++)
+            if (mf_page_resolvable(mf_page_load(pages, page)))
+                mf_resolve_page(&s->lander.resolver, run->region, page);
+        page = next;
+    }
     return 0;
 }
 

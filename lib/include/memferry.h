@@ -133,7 +133,8 @@ enum memferry_remedy {
     /** Let them die: SIGBUS for whoever touches one of the pages, until it is filled (Linux 6.6; on
      * older kernels as HOLD). Only who waits already is promised the signal: where the page was not
      * mapped yet, or was taken out by MADV_DONTNEED, whoever touches it waits, and the provider is
-     * asked again. Discarding such a page of a file does not help those who have it mapped. */
+     * asked again. MADV_REMOVE of such a page does not help those who have it mapped;
+     * memferry_discard() does. */
     MEMFERRY_POISON = 2,
 };
 

@@ -318,16 +318,16 @@ static void a_page_that_cannot_be_had_may_be_poisoned(void **state)
 {
     (void)state;
     struct arena a;
-    struct failing f = {.left = 3, .remedy = MEMFERRY_POISON};
+    struct failing f = {.left = 4, .remedy = MEMFERRY_POISON};
     if (!kernel_poisons())
         skip();
     arena_make(&a, memory, PAGES, OPTIONS(.arg = &f, .on_failure = tell_failure),
                PROVIDER(.want = fail_first, .arg = &f));
     memferry_server_start(a.server);
-    for (uint64_t page = 1; page < 4; page++)
+    for (uint64_t page = 1; page < 5; page++)
         assert_true(dies(&a, page));
     assert_true(dies(&a, 1));
-    must(page_is(arena_page(&a, 4), a.page_bytes, 4, 1));
+    must(page_is(arena_page(&a, 5), a.page_bytes, 5, 1));
     /* Somebody has found it after all, or knows that it is zeros. */
     uint8_t *bytes = malloc(a.page_bytes);
     page_make(bytes, a.page_bytes, 1, 1);
@@ -337,9 +337,12 @@ static void a_page_that_cannot_be_had_may_be_poisoned(void **state)
     assert_int_equal(memferry_fill_zero(a.server, a.region, 2, 1), 0);
     must(page_is_zero(arena_page(&a, 2), a.page_bytes));
     assert_int_equal(memory == MEMFERRY_ANONYMOUS ? memferry_fill_zero(a.server, a.region, 3, 3)
-                                                  : memferry_fill_present(a.server, a.region, 3, 3),
+                                                  : memferry_fill_present(a.server, a.region, 2, 2),
                      0);
     must(page_is_zero(arena_page(&a, 3), a.page_bytes));
+    if (memory != MEMFERRY_ANONYMOUS)
+        assert_int_equal(memferry_discard(a.server, a.region, 4, 2), 0);
+    must(page_is_zero(arena_page(&a, 4), a.page_bytes));
     arena_free(&a);
 }
 
