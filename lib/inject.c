@@ -24,6 +24,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -43,7 +44,8 @@
 
 #define STOP_LIMIT_NS 2000000000u /**< for a thread to be found and stopped */
 #define NEXT_THREAD_NS 20000000u  /**< before another thread is asked as well */
-#define HELPER_LIMIT_MS 10000     /**< memferryd gives up; the helper still puts things right */
+#define HELPER_LIMIT_MS 5000      /**< who asks gives up; the helper still puts things right */
+#define LATE_MAX 64               /**< helpers that were given up and are not reaped yet */
 #define THREADS_MAX 512           /**< looked at; a VMM has one a vCPU and a few more */
 #define SEIZED_MAX 16             /**< asked to stop at the same time */
 #define DYING_MS 50 /**< a process that does not answer as it should may be about to end */
@@ -289,6 +291,28 @@ static _Noreturn void helper(struct call call, int pipe_fd)
     _exit(0);
 }
 
+static struct {
+    pthread_mutex_t lock;
+    pid_t pid[LATE_MAX];
+    size_t count;
+} late = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/** reap_late() - helpers that have ended after they were given up; and @helper, not 0, is one more
+ * to remember. */
+static void reap_late(pid_t helper)
+{
+    pthread_mutex_lock(&late.lock);
+    size_t kept = 0;
+    for (size_t i = 0; i < late.count; i++) {
+        if (waitpid(late.pid[i], NULL, WNOHANG) == 0)
+            late.pid[kept++] = late.pid[i];
+    }
+    late.count = kept;
+    if (helper && late.count < LATE_MAX)
+        late.pid[late.count++] = helper;
+    pthread_mutex_unlock(&late.lock);
+}
+
 /** run_by_helper() - see the top. Return: 0 with @result filled, or -errno with a sentence. */
 static int run_by_helper(const struct call *call, int64_t *result, struct mf_error *err)
 {
@@ -296,6 +320,7 @@ static int run_by_helper(const struct call *call, int64_t *result, struct mf_err
         return mf_fail(
             err, ENOSYS,
             "attaching to a process that does not cooperate is implemented for x86-64 only");
+    reap_late(0);
     int ends[2];
     if (pipe2(ends, O_CLOEXEC) != 0)
         return mf_fail(err, errno, "cannot make a pipe: %s", strerror(errno));
@@ -322,9 +347,11 @@ static int run_by_helper(const struct call *call, int64_t *result, struct mf_err
             break;
     }
     struct reply reply;
-    if (!(ready.revents & (POLLIN | POLLHUP))) /* not waited for: reaped as any late child is */
+    if (!(ready.revents & (POLLIN | POLLHUP))) {
+        reap_late(child); /* when somebody is attached to next */
         return mf_fail(err, ETIMEDOUT,
                        "pid %d is stuck in the kernel: attaching to it was given up", call->pid);
+    }
     ssize_t got = read(in, &reply, sizeof(reply));
     while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
         ;
@@ -372,11 +399,10 @@ int mf_uffd_fetch(pid_t pid, int pidfd, int remote_fd, struct mf_error *err)
         int code = errno;
         if (code == EBADF && has_ended(pidfd, DYING_MS))
             code = ESRCH;
-        const char *remedy =
-            code == EPERM || code == EACCES
-                ? ": memferryd needs CAP_SYS_PTRACE, and security modules must allow it"
-            : code == ENOSYS ? ": boot Linux 5.6 or newer"
-                             : "";
+        const char *remedy = code == EPERM || code == EACCES
+                                 ? ": it takes CAP_SYS_PTRACE, and security modules must allow it"
+                             : code == ENOSYS ? ": boot Linux 5.6 or newer"
+                                              : "";
         return mf_fail(err, code, "cannot fetch the userfaultfd of %s (pid %d): %s%s", name, pid,
                        strerror(code), remedy);
     }

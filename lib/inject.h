@@ -6,7 +6,7 @@
  * existing `syscall` instruction is executed by one stopped thread with borrowed registers. The
  * thread is stopped for well under a millisecond. Needs CAP_SYS_PTRACE; where the
  * target runs under a seccomp filter and is no QEMU, CAP_SYS_ADMIN too, and no filter of one's own.
- * Injecting starts a short-lived child process and waits for it, 10 s at most. Only
+ * Injecting starts a short-lived child process and waits for it, 5 s at most. Only
  * userfaultfd(2), close(2) and madvise(2) are ever injected.
  */
 #pragma once

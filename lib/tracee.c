@@ -159,12 +159,11 @@ int mf_tracee_seize(pid_t pid, pid_t tid, struct mf_error *err)
                 "rebooted (kernel.yama.ptrace_scope=3)",
                 name, pid);
         if (code == EPERM)
-            return mf_fail(
-                err, code,
-                "cannot attach to %s (pid %d): ptrace is not permitted%s; memferryd needs "
-                "CAP_SYS_PTRACE in the target's user namespace, and a security module "
-                "(AppArmor, SELinux) must allow ptrace from memferryd to this process",
-                name, pid, scope > 0 ? " (kernel.yama.ptrace_scope restricts it)" : "");
+            return mf_fail(err, code,
+                           "cannot attach to %s (pid %d): ptrace is not permitted%s; it takes "
+                           "CAP_SYS_PTRACE in the process's user namespace, and a security module "
+                           "(AppArmor, SELinux) must allow it",
+                           name, pid, scope > 0 ? " (kernel.yama.ptrace_scope restricts it)" : "");
         return mf_fail(err, code, "cannot attach to %s (pid %d): %s", name, pid, strerror(code));
     }
     /* Fails only if the thread is gone, which waiting for it will tell. */
@@ -358,9 +357,9 @@ static int suspend_seccomp(pid_t pid, pid_t tid, struct mf_error *err)
     mf_target_comm(pid, name, sizeof(name));
     return mf_fail(
         err, EACCES,
-        "%s (pid %d) runs under a seccomp filter, which can't be suspended (%s): memferryd "
-        "needs CAP_SYS_ADMIN, must not itself run under a seccomp filter (SystemCallFilter= "
-        "in its unit), and the kernel needs CONFIG_CHECKPOINT_RESTORE=y",
+        "%s (pid %d) runs under a seccomp filter, which can't be suspended (%s): that takes "
+        "CAP_SYS_ADMIN, no seccomp filter of one's own (SystemCallFilter= in memferryd's unit), "
+        "and a kernel with CONFIG_CHECKPOINT_RESTORE=y",
         name, pid, strerror(code));
 }
 
