@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 
 #include "lib/inject.h"
 #include "lib/observe.h"
@@ -76,6 +77,13 @@ static int refuse_odd(int proc_fd, pid_t pid, struct mf_error *err)
         sscanf(after + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags);
     if (flags & KERNEL_THREAD)
         return mf_fail(err, EINVAL, "%s (pid %d) is a kernel thread: it has no memory of its own",
+                       name, pid);
+    struct stat tasks;
+    /* proc_pid_task(5): two links and one for each thread, this one included. */
+    if (state == 'Z' && fstatat(proc_fd, "task", &tasks, 0) == 0 && tasks.st_nlink > 3)
+        return mf_fail(err, ENOTSUP,
+                       "the first thread of %s (pid %d) has ended while others go on: the kernel "
+                       "shows no memory of such a process",
                        name, pid);
     if (state == 'Z' || state == 'X')
         return mf_fail(err, ESRCH, "%s (pid %d) has ended; only its parent has not taken note yet",

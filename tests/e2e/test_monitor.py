@@ -722,6 +722,14 @@ def monitor_refuses(sandbox):
     wait_until(lambda: " Z " in stat(ended.pid), LIMIT_S, "it has ended")
     refused(1, "has ended", str(ended.pid))
     ended.wait()
+    headless = subprocess.Popen(["python3", "-c", "import ctypes, threading, time\n"
+                                 "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+                                 "ctypes.CDLL(None).syscall(60, 0)"])  # exit(2) ends the thread alone
+    sandbox.processes.append(headless)
+    wait_until(lambda: " Z " in stat(headless.pid), LIMIT_S, "its first thread has ended")
+    refused(1, "has ended while others go on", str(headless.pid))
+    headless.kill()
+    headless.wait()
     refused(1, "not permitted to watch", str(victim.pid), wrap=(
         "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"))
 
