@@ -205,6 +205,7 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
     struct thread threads[THREADS_MAX];
     pid_t seized[SEIZED_MAX];
     size_t seized_count = 0;
+    struct mf_error odd = {0}; /* threads stop, but are none to be borrowed: why */
     char name[64];
     uint64_t start_ns = mf_now_ns();
 
@@ -238,10 +239,16 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
                 left_ns = 0;
             pid_t tid = first_stopped(seized, &seized_count, last ? left_ns : NEXT_THREAD_NS);
             if (tid) {
-                int rc = run_in(call, tid, result, err);
-                /* A thread may end while its process goes on. */
-                if (rc != -EAGAIN && (rc != -ESRCH || has_ended(call->pidfd, 0)))
+                struct mf_error why = {0};
+                int rc = run_in(call, tid, result, &why);
+                if (rc == -EAGAIN) {
+                    odd = why;
+                } else if (rc != -ESRCH || has_ended(call->pidfd, 0)) {
+                    /* A thread may also end while its process goes on. */
+                    if (rc < 0 && err)
+                        *err = why;
                     return rc;
+                }
             }
             if (last)
                 break;
@@ -250,6 +257,8 @@ static int run_in_any(const struct call *call, int64_t *result, struct mf_error 
             return refusal;
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     } while (mf_now_ns() - start_ns < STOP_LIMIT_NS);
+    if (odd.code)
+        return mf_fail(err, ETIMEDOUT, "%s", odd.text);
     return mf_fail(
         err, ETIMEDOUT,
         "no thread of %s (pid %d) could be stopped within 2 s: it hangs in the kernel (a dead "

@@ -446,7 +446,7 @@ int mf_tracee_run(pid_t pid, pid_t tid, uint64_t vdso_addr, uint64_t vdso_bytes,
     int rc = 0;
     uint64_t instruction = 0;
     if (saved.regs.cs != CS_64BIT) {
-        rc = mf_fail(err, ENOTSUP, "%s (pid %d) is not a 64-bit program: it can't be attached to",
+        rc = mf_fail(err, EAGAIN, "%s (pid %d) runs 32-bit code, where it can't be attached to",
                      name, pid);
     } else if ((int64_t)saved.regs.orig_rax < 0 && in_rseq(tid)) {
         rc = mf_fail(err, EAGAIN, "thread %d of %s is in a restartable sequence", tid, name);
