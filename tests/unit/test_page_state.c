@@ -233,6 +233,32 @@ static void forgets_who_waits_or_all_but_that(void **state)
     }
 }
 
+static void count_call(void *arg, uint64_t page)
+{
+    (void)page;
+    ++*(int *)arg;
+}
+
+static void remembers_who_was_told_that_it_can_not_be_had(void **state)
+{
+    (void)state;
+    EACH_BYTE(was)
+    {
+        const bool could = mf_page_state_of(was) == U && (was & FAULT);
+        assert_int_equal(mf_page_poison(&pages, 7), could);
+        assert_int_equal(bytes[7], could ? (was & ~FAULT) | MF_PAGE_POISONED : was);
+    }
+    int calls = 0;
+    bytes[7] = MF_PAGE_POISONED;
+    assert_int_equal(mf_page_forget(&pages, 7, 1), 0);
+    assert_true(mf_page_claim(&pages, 7));
+    mf_page_unclaim(&pages, 7);
+    assert_int_equal(bytes[7], U | MF_PAGE_TORN | MF_PAGE_POISONED);
+    assert_int_equal(mf_page_confirm_empty(&pages, 0, PAGES, count_call, &calls), PAGES);
+    assert_int_equal(calls, 1);
+    assert_int_equal(bytes[7], C);
+}
+
 static void confirms_empty_runs_like_the_model(void **state)
 {
     (void)state;
@@ -521,6 +547,7 @@ int main(void)
         cmocka_unit_test(discards_for_ever),
         cmocka_unit_test(notes_who_waits),
         cmocka_unit_test(forgets_who_waits_or_all_but_that),
+        cmocka_unit_test(remembers_who_was_told_that_it_can_not_be_had),
         cmocka_unit_test(confirms_empty_runs_like_the_model),
         cmocka_unit_test(marks_sent_like_the_model),
         cmocka_unit_test(finds_runs_of_bits_like_the_model),
