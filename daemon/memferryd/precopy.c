@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "lib/log.h"
+#include "lib/smaps.h"
 
 static int track(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
@@ -29,12 +30,21 @@ static int track(struct session *session, const struct vmm_info *info, struct mf
     return target_track(session, err);
 }
 
+/* Memory that is tracked is nobody else's: registering it would have failed. Of other memory smaps
+ * has to tell, which takes as long as looking at every page. */
+static int refuse_served(const struct session *session, struct mf_error *err)
+{
+    return mf_refuse_served(session->pid, session->region, session->region_count, err);
+}
+
 int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err)
 {
     struct mf_rounds *rounds = &session->rounds;
     struct mf_error why;
-    if (session->role != MF_SOURCE || rounds->mode == MF_POSTCOPY)
+    if (session->role != MF_SOURCE)
         return 0;
+    if (rounds->mode == MF_POSTCOPY)
+        return refuse_served(session, err);
     if (track(session, info, &why) == 0)
         return 0;
     target_stop_watching(session);
@@ -48,7 +58,7 @@ int precopy_setup(struct session *session, const struct vmm_info *info, struct m
              why.text);
     mf_log(MF_LOG_NOTICE, "%s: %s", session->name, session->mode_note);
     rounds->mode = MF_POSTCOPY;
-    return 0;
+    return refuse_served(session, err);
 }
 
 static void on_switch_time(evutil_socket_t fd, short what, void *arg)

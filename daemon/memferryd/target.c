@@ -22,7 +22,6 @@
 #include "lib/layout_file.h"
 #include "lib/log.h"
 #include "lib/pagemap.h"
-#include "lib/smaps.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
 #include "lib/withdraw.h"
@@ -398,8 +397,6 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
         r = find_regions(session, info, vmas, vma_count, err);
     if (r == 0)
         r = refuse_unseen_writers(session, err);
-    if (r == 0 && session->role == MF_SOURCE)
-        r = mf_refuse_served(session->pid, session->region, session->region_count, err);
     if (r == 0 && session->role == MF_DESTINATION)
         r = arm(session, err);
     if (r == 0 && session->role == MF_DESTINATION && has_private(session)) {

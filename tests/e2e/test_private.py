@@ -287,10 +287,10 @@ def private_refusals(sandbox):
 
 @e2e()
 def private_owned_by_another(sandbox):
-    """A range that another userfaultfd watches is refused, and left to it."""
+    """A range that another userfaultfd watches (here another memferryd's) is refused, and left to it."""
     pair = Pair(sandbox, regions=1)
     pair.receive()
-    answer = pair.b.memferry("receive", "second", *pair.destination_commands(), *pair.region_options())
+    answer = pair.a.memferry("receive", "second", *pair.destination_commands(), *pair.region_options())
     refused(answer, "another program")
     result = pair.finish(pair.begin()).json
     need(result["state"] == "done", f"{result}")
