@@ -13,6 +13,7 @@
 
 #include "lib/inject.h"
 #include "lib/observe.h"
+#include "lib/owner.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -187,12 +188,34 @@ int mf_watch_attach(struct mf_watch *watch, struct mf_error *err)
     return rc;
 }
 
-void mf_watch_adopt(struct mf_watch *watch, pid_t pid, int uffd)
+void mf_watch_adopt(struct mf_watch *watch, const struct mf_watch *parent, pid_t pid, int uffd)
 {
     watch_init(watch, pid);
     watch->uffd = uffd;
+    watch->mark = mf_watch_mark(parent);
     if (pid)
         open_process(watch, NULL);
+}
+
+struct mf_extent mf_watch_mark(const struct mf_watch *watch)
+{
+    for (size_t i = 0; i < watch->count; i++) {
+        const struct mf_watched *map = &watch->maps[i];
+        if (map->inode && !map->shared && !map->refused) /* the program itself, or a library */
+            return (struct mf_extent){.start_bytes = map->start_addr, .end_bytes = map->end_addr};
+    }
+    return watch->mark; /* of one that has not been looked at itself */
+}
+
+void mf_watch_identify(struct mf_watch *watch)
+{
+    if (watch->pid || watch->mark.start_bytes >= watch->mark.end_bytes ||
+        !mf_uffd_alive(watch->uffd))
+        return;
+    watch->pid = mf_owner_find(watch->uffd, watch->mark.start_bytes, watch->mark.end_bytes);
+    if (watch->pid)
+        open_process(watch, NULL);
+    watch->stale = true;
 }
 
 void mf_watch_let_go(struct mf_watch *watch)

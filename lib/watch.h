@@ -43,6 +43,7 @@ struct mf_watched {
  * @maps:    @count mappings as of the last mf_watch_scan(), in ascending order.
  * @stale:   the layout has changed since.
  * @ranges:  the addresses that are watched, as far as events and scans tell.
+ * @mark:    of a child: memory that it has inherited, by which it can be found; empty: unknown.
  * @gone_since_ns: when some of them were first seen to be mapped no more without a word; 0: none.
  */
 struct mf_watch {
@@ -53,6 +54,7 @@ struct mf_watch {
     uint64_t total_pages; /**< size of the address space at the last scan: proc_pid_statm(5) */
     bool stale;
     struct mf_extents ranges;
+    struct mf_extent mark;
     struct mf_observe_cache *threads; /**< NULL until it is needed */
     uint64_t gone_since_ns;
 };
@@ -71,11 +73,16 @@ int mf_watch_attach(struct mf_watch *watch, struct mf_error *err);
 
 /**
  * mf_watch_adopt() - watch a child that was forked: what the child inherited is watched already.
+ * @parent: as it was at the fork.
  * @pid:  0 if it is not known.
  * @uffd: as handed over with the fork; owned by @watch from now on.
  * A child that has ended meanwhile is no error: it is told by `pidfd` or mf_watch_has_ended().
  */
-void mf_watch_adopt(struct mf_watch *watch, pid_t pid, int uffd);
+void mf_watch_adopt(struct mf_watch *watch, const struct mf_watch *parent, pid_t pid, int uffd);
+
+/** mf_watch_identify() - a child whose number is not known: it could not be seen in time, and may
+ * be by now. Looks at every process: some milliseconds. */
+void mf_watch_identify(struct mf_watch *watch);
 
 /** mf_watch_let_go() - of the address space: the kernel takes everything back. The process itself
  * is still known. */

@@ -7,6 +7,9 @@
 /** mf_watch_take_up() - watch one mapping. Return: 0 or the (positive) errno that refused it. */
 int mf_watch_take_up(int uffd, const struct mf_watched *one);
 
+/** mf_watch_mark() - memory that a child of it inherits, by which it can be found. */
+struct mf_extent mf_watch_mark(const struct mf_watch *watch);
+
 /** mf_watch_forget() - mappings that a change has touched: what is there now is seen by the next
  * scan.
  */

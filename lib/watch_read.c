@@ -124,12 +124,10 @@ static size_t observe(struct mf_watch *watch, struct batch *batch)
  * CLONE_PARENT. */
 static pid_t find_by_memory(const struct mf_watch *watch, int child_uffd)
 {
-    for (size_t i = 0; i < watch->count; i++) {
-        const struct mf_watched *map = &watch->maps[i];
-        if (map->inode && !map->shared && !map->refused) /* the program itself, or a library */
-            return mf_owner_find(child_uffd, map->start_addr, map->end_addr);
-    }
-    return 0;
+    const struct mf_extent mark = mf_watch_mark(watch);
+    return mark.start_bytes < mark.end_bytes
+               ? mf_owner_find(child_uffd, mark.start_bytes, mark.end_bytes)
+               : 0;
 }
 
 /** find_child() - the one that was not there before. Return: 0 if it can't be found: it was gone

@@ -34,6 +34,7 @@
 #define SCAN_ANYWAY_NS                                                                             \
     UINT64_C(250000000)                  /**< mappings may be replaced by others of equal size     \
                                           */
+#define IDENTIFY_NS UINT64_C(500000000)  /**< between two searches for a child's number */
 #define RETRY_NS UINT64_C(1000000000)    /**< after a failure to attach to what was executed */
 #define SERVE_NS UINT64_C(200000)        /**< for looking while events may wait */
 #define EXEC_NEWS_NS UINT64_C(200000000) /**< for the kernel to tell of an exec that is noticed */
@@ -51,12 +52,13 @@ struct attachment {
 
 /** struct followed - a process that is monitored.
  * @since_ns: earlier execs are none of ours.
+ * @identified_ns: when it was last tried to find out its number.
  * @retry_ns: when to try again to attach to what it has executed. */
 struct followed {
     struct mf_watch watch;
     struct mf_watch_files files;
     struct attachment *attachment; /**< under way, or NULL */
-    uint64_t since_ns, scanned_ns, scan_cost_ns, dead_since_ns, retry_ns;
+    uint64_t identified_ns, since_ns, scanned_ns, scan_cost_ns, dead_since_ns, retry_ns;
     bool failure_told, unwatched; /**< not attached to what it has executed, for the time being */
 };
 
@@ -181,7 +183,7 @@ static void on_change(struct mf_watch *watch, const struct mf_change *change, in
         monitor->no_room_told = true;
         return;
     }
-    mf_watch_adopt(&child->watch, change->child, child_uffd); /* so its execs are all later */
+    mf_watch_adopt(&child->watch, watch, change->child, child_uffd); /* its execs are all later */
     mf_watch_files_inherit(&child->files, &followed_of(watch)->files);
 }
 
@@ -328,6 +330,10 @@ static void read_execs(struct monitor *monitor)
 static void look_after(struct monitor *monitor, struct followed *one)
 {
     attach_if_due(monitor, one);
+    if (one->watch.pid == 0 && mf_now_ns() - one->identified_ns > IDENTIFY_NS) {
+        mf_watch_identify(&one->watch);
+        one->identified_ns = mf_now_ns();
+    }
     if (one->unwatched || mf_watch_has_ended(&one->watch))
         return;
     if (!mf_uffd_alive(one->watch.uffd)) {
