@@ -280,13 +280,14 @@ static void five_gibibytes_are_one_message(void **state)
     scene_end(&scene);
 }
 
-static void an_advice_by_io_uring_is_not_told_by_its_worker(void **state)
+/* With IORING_SETUP_SQPOLL the worker is made by a kernel thread, which shows the call that made
+ * the ring. */
+static void advise_by_io_uring(unsigned flags, long shown)
 {
-    (void)state;
     struct scene scene;
     struct io_uring ring;
     scene_make(&scene, 4, 0);
-    int rc = io_uring_queue_init(4, &ring, 0);
+    int rc = io_uring_queue_init(4, &ring, flags);
     if (rc < 0)
         lacking("io_uring (%s)", strerror(-rc));
     struct io_uring_sqe *entry = io_uring_get_sqe(&ring);
@@ -296,11 +297,20 @@ static void an_advice_by_io_uring_is_not_told_by_its_worker(void **state)
     assert_int_equal(change.kind, MF_CHANGE_REMOVE);
     assert_string_equal(mf_reason_name(change.reason), "unknown");
     assert_true(change.tid != 0 && change.tid != getpid()); /* it waits, and so is known */
+    assert_int_equal(scene.blocked[0].number, shown);
+    assert_true(mf_blocked_frees(&scene.blocked[0])); /* for all that can be seen */
     struct io_uring_cqe *done;
     assert_int_equal(io_uring_wait_cqe(&ring, &done), 0);
     assert_int_equal(done->res, 0);
     io_uring_queue_exit(&ring);
     scene_end(&scene);
+}
+
+static void an_advice_by_io_uring_is_not_told_by_its_worker(void **state)
+{
+    (void)state;
+    advise_by_io_uring(0, SYS_io_uring_enter);
+    advise_by_io_uring(IORING_SETUP_SQPOLL, SYS_io_uring_setup);
 }
 
 /* ---- several at once ---- */
