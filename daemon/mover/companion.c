@@ -273,6 +273,17 @@ static int observe_the_young(struct talk *talk)
     return readable;
 }
 
+/* What the mover keeps must not be of those that are left for looking. */
+static int may_stay(int fd)
+{
+    struct rlimit limit;
+    if (fd < 0 || getrlimit(RLIMIT_NOFILE, &limit) != 0 ||
+        (rlim_t)fd + COMPANION_FDS < limit.rlim_cur)
+        return fd;
+    close(fd);
+    return -EMFILE;
+}
+
 static void answer(struct talk *talk)
 {
     const pid_t pid = talk->pid ? talk->pid : known.target;
@@ -309,7 +320,7 @@ static void answer(struct talk *talk)
         break;
     }
     case MAPS:
-        talk->result = find_maps(talk->pid, talk->addr, &talk->pid);
+        talk->result = may_stay(find_maps(talk->pid, talk->addr, &talk->pid));
         if (talk->result >= 0)
             told(talk->pid);
         break;
@@ -320,13 +331,13 @@ static void answer(struct talk *talk)
         talk->result = -ESRCH;
         if (!read_status(path, &talk->pid, &innermost))
             break;
-        talk->result = open_maps(talk->pid, talk->addr);
+        talk->result = may_stay(open_maps(talk->pid, talk->addr));
         if (talk->result >= 0)
             told(talk->pid);
         break;
     }
     case CHILD:
-        talk->result = find_child(talk->pid, &talk->pid);
+        talk->result = may_stay(find_child(talk->pid, &talk->pid));
         break;
     default:
         talk->result = -EINVAL;

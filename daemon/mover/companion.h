@@ -33,6 +33,10 @@
 #include "lib/observe.h"
 #include "lib/target.h"
 
+/** So many descriptors of the table that both share are left to it, or it could not look when they
+ * run out. */
+#define COMPANION_FDS 12u
+
 /** struct companion - the mover's side. */
 struct companion {
     int sock;                   /**< -1: there is none */

@@ -194,12 +194,12 @@ static void serve(struct mover *mover)
     }
 }
 
-/* Every process that the target forks takes two. */
-static void raise_fd_limit(void)
+/* Every process that the target forks takes two. @left: so many are not for this process. */
+static void set_fd_limit(rlim_t left)
 {
     struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_max > 2 * left) {
+        limit.rlim_cur = limit.rlim_max - left;
         setrlimit(RLIMIT_NOFILE, &limit);
     }
 }
@@ -226,12 +226,14 @@ int main(int argc, char **argv)
     struct mf_error err;
     const uid_t uid = (uid_t)strtoul(argv[2], NULL, 10);
     const gid_t gid = (gid_t)strtoul(argv[3], NULL, 10);
-    raise_fd_limit();
+    set_fd_limit(0);
     schedule_first(); /* the companion too: while it looks nobody resolves */
     mover.companion.sock = -1;
     if (strcmp(argv[5], "destination") == 0 &&
         companion_start(&mover.companion, mover.ipc_fd, uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
+    if (mover.companion.sock >= 0)
+        set_fd_limit(COMPANION_FDS);
     if (sandbox_drop_privileges(uid, gid, &err) < 0)
         mover_fatal("%s", err.text);
     mover.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

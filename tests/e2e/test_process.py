@@ -266,6 +266,21 @@ def process_many_threads(sandbox):
     whole_way(sandbox, "--mode", "postcopy", program=("--ops", "wwvdr", "--droppers", "320"), mbit=200)
 
 
+@e2e(limit_s=120)
+def process_few_descriptors(sandbox):
+    """More children than there are descriptors for: a fork waits until one has ended, and with it pages."""
+    pair = Pair(sandbox, "--ops", "wwvdFFFf", "--threads", "8", mbit=60)
+    pair.b.stop()
+    pair.b.wrapper = ["prlimit", "--nofile=36:36"]
+    pair.b.start()
+    pair.leaks = LeakCheck((pair.a, pair.b), (pair.source, pair.destination))
+    pair.receive()
+    pair.finish(pair.begin("--mode", "postcopy"))
+    pair.check_arrived()
+    need("has to wait until one of its" in pair.b.said(), pair.b.said())
+    pair.forget()
+
+
 # ---- commands that fail, before RELEASE ----
 
 def returns(sandbox, expected, options=(), source=None, destination=None, program=()):

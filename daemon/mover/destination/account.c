@@ -33,7 +33,10 @@ int account_failed(struct mover *mover, int error)
         mover,
         "the destination cannot write %s's memory: %s; free memory there, the session goes on "
         "by itself",
-        mover->name, error == -EFAULT ? "no huge page is free" : strerror(-error));
+        mover->name,
+        error == -EFAULT  ? "no huge page is free"
+        : error == -EBUSY ? "a process that forks waits for a descriptor"
+                          : strerror(-error));
     return error;
 }
 

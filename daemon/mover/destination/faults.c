@@ -47,7 +47,7 @@ struct fault_thread {
     struct mf_events events;
     bool timer_armed, children_armed;
     struct __kernel_timespec timer, children_timer;
-    bool short_of_fds; /**< a fork waits for a descriptor, and this was said */
+    bool short_of_fds; /**< a fork waits for a descriptor */
 
     /* The urgent connection. wanted_fd is the main thread's wish; fd is what this thread uses. */
     _Atomic int wanted_fd;
@@ -376,25 +376,42 @@ static bool is_short(int error)
     return error == -EMFILE || error == -ENFILE || error == -ENOMEM;
 }
 
+/* See lib/context.h. */
+static void hold(struct fault_thread *t, struct mf_context *context, bool held)
+{
+    if (context->held == held)
+        return;
+    mf_gate_close(&t->mover->gate);
+    context->held = held;
+    mf_gate_open(&t->mover->gate);
+    if (!held)
+        mf_uffd_wake_all(context->uffd);
+}
+
 /* Return: was there an event? */
 static bool read_messages(struct fault_thread *t, uint32_t context)
 {
+    struct mf_context *of = mf_context_at(&t->mover->contexts, context);
+    if (!of)
+        return false;
     int r = mf_events_read(&t->events, context);
     while (is_short(r) && spare_maps(t))
         r = mf_events_read(&t->events, context);
     if (is_short(r)) {
         /* The fork's event stays where it is, and with it everything that waits for a page of this
          * process, until a child has ended. */
-        if (!t->short_of_fds)
+        if (!of->held)
             mf_log(MF_LOG_ERR,
                    "%s: a fork of the target has to wait until one of its %u children whose memory "
                    "is followed has ended: %s (LimitNOFILE= of memferryd.service)",
                    t->mover->name, t->mover->contexts.used - 1, strerror(-r));
+        hold(t, of, true);
         t->short_of_fds = true;
         return false;
     }
     if (r < 0)
         mover_fatal("%s: reading the userfaultfd failed: %s", t->mover->name, strerror(-r));
+    hold(t, of, false);
     return r > 0;
 }
 
@@ -508,7 +525,7 @@ static void handle(struct fault_thread *t, const struct io_uring_cqe *cqe)
         t->children_armed = false;
         look_for_gone_children(t);
         if (t->short_of_fds) {
-            t->short_of_fds = false; /* or it is said again */
+            t->short_of_fds = false; /* or it is found so again */
             read_every_context(t);
         }
         break;
