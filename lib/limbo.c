@@ -2,6 +2,10 @@
 #include "lib/limbo.h"
 
 #include <errno.h>
+#include <string.h>
+
+/* The region of a piece of which a REMAP was read: all that is to come is its UNMAP. */
+#define LEFT (UINT32_MAX - 1)
 
 static uint64_t end_of(const struct mf_mapping *m)
 {
@@ -33,14 +37,14 @@ static void add(struct mf_limbo *limbo, struct mf_layout *layout, const struct m
 }
 
 /* Which piece in limbo covers @addr: the oldest. Else @next is where the first behind it begins, at
- * most @end. */
+ * most @end. @left: also what has been moved already. */
 static int find(const struct mf_limbo *limbo, uint32_t context, uint64_t addr, uint64_t end,
-                uint64_t *next)
+                bool left, uint64_t *next)
 {
     *next = end;
     for (unsigned i = 0; i < limbo->count; i++) {
         const struct mf_mapping *m = &limbo->piece[i];
-        if (m->context != context || end_of(m) <= addr)
+        if (m->context != context || end_of(m) <= addr || (m->region == LEFT && !left))
             continue;
         if (m->start_addr <= addr)
             return (int)i;
@@ -72,12 +76,60 @@ static struct mf_mapping take(struct mf_limbo *limbo, struct mf_layout *layout, 
     return part;
 }
 
-/* Whatever is known in [@start, @end) has left before. */
+static void put_left(struct mf_limbo *limbo, uint32_t context, uint64_t start, uint64_t end)
+{
+    if (start >= end)
+        return;
+    if (limbo->left_count > 0) {
+        struct mf_range *last = &limbo->left[limbo->left_count - 1];
+        if (last->context == context && last->start_addr + last->length_bytes == start) {
+            last->length_bytes += end - start;
+            return;
+        }
+    }
+    if (limbo->left_count == MF_LIMBO_LEFT_MAX) { /* the oldest most likely stays mapped */
+        limbo->left_count--;
+        memmove(limbo->left, limbo->left + 1, limbo->left_count * sizeof(limbo->left[0]));
+    }
+    limbo->left[limbo->left_count++] =
+        (struct mf_range){.start_addr = start, .length_bytes = end - start, .context = context};
+}
+
+/* What was noted of [@start, @end) is no longer so. */
+static void take_left(struct mf_limbo *limbo, uint32_t context, uint64_t start, uint64_t end)
+{
+    for (unsigned i = limbo->left_count; i-- > 0;) {
+        const struct mf_range range = limbo->left[i];
+        const uint64_t range_end = range.start_addr + range.length_bytes;
+        if (range.context != context || range.start_addr >= end || range_end <= start)
+            continue;
+        limbo->left_count--;
+        memmove(limbo->left + i, limbo->left + i + 1,
+                (limbo->left_count - i) * sizeof(limbo->left[0]));
+        put_left(limbo, context, range.start_addr, start);
+        put_left(limbo, context, end, range_end);
+    }
+}
+
+/* Whatever was in [@start, @end) has left before. Of what a REMAP was read the UNMAP is to come. */
 static void displace(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                      uint64_t start, uint64_t end)
 {
     struct mf_mapping m;
     struct mf_range dropped[1];
+    for (unsigned i = 0; i < limbo->left_count; i++) {
+        const struct mf_range *range = &limbo->left[i];
+        const struct mf_mapping whole = {.start_addr = range->start_addr,
+                                         .length_bytes = range->length_bytes,
+                                         .region = LEFT,
+                                         .context = context};
+        if (range->context != context || whole.start_addr >= end || end_of(&whole) <= start)
+            continue;
+        const struct mf_mapping part = clip(&whole, start, end);
+        add(limbo, layout, &part);
+        mf_layout_unmap(layout, context, part.start_addr, end_of(&part), dropped);
+    }
+    take_left(limbo, context, start, end);
     for (uint64_t at = start;
          at < end && mf_layout_from(layout, context, at, &m) && m.start_addr < end;
          at = end_of(&m)) {
@@ -102,39 +154,85 @@ static void put(struct mf_layout *layout, const struct mf_mapping *mapping)
     mf_layout_learn(layout, mapping, dropped);
 }
 
+static bool is_left(const struct mf_limbo *limbo, uint32_t context, uint64_t addr, uint64_t *end)
+{
+    for (unsigned i = 0; i < limbo->left_count; i++) {
+        const struct mf_range *range = &limbo->left[i];
+        if (range->context == context && addr >= range->start_addr &&
+            addr - range->start_addr < range->length_bytes) {
+            *end = range->start_addr + range->length_bytes;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool is_displaced(const struct mf_limbo *limbo, uint32_t context, uint64_t addr,
+                         uint64_t *end)
+{
+    for (unsigned i = 0; i < limbo->count; i++) {
+        const struct mf_mapping *m = &limbo->piece[i];
+        if (m->context == context && m->region == LEFT && addr >= m->start_addr &&
+            addr < end_of(m)) {
+            *end = end_of(m);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Is it what stayed mapped when it was moved away from (MREMAP_DONTUNMAP) that moves now? Then all
+ * of it lies where that was. What has come to a part of it since may lie there too, but a move is
+ * one of a whole mapping, and that can't be both. */
+static bool stayed(const struct mf_limbo *limbo, uint32_t context, uint64_t start, uint64_t end)
+{
+    bool undisturbed = false;
+    for (uint64_t at = start; at < end;) {
+        if (is_left(limbo, context, at, &at))
+            undisturbed = true;
+        else if (!is_displaced(limbo, context, at, &at))
+            return false;
+    }
+    return undisturbed;
+}
+
 int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                    uint64_t from_addr, uint64_t to_addr, uint64_t length_bytes, bool *files)
 {
     const uint64_t from_end = from_addr + length_bytes;
     const bool lost_before = layout->lost;
+    const bool left = stayed(limbo, context, from_addr, from_end);
     displace(limbo, layout, context, to_addr, to_addr + length_bytes);
     *files = false;
     for (uint64_t at = from_addr, next = from_addr; at < from_end; at = next) {
         struct mf_mapping piece;
-        int i = find(limbo, context, at, from_end, &next);
+        int i = find(limbo, context, at, from_end, left, &next);
         const bool in_limbo = i >= 0;
-        if (in_limbo) {
+        const bool known =
+            in_limbo || (mf_layout_from(layout, context, at, &piece) && piece.start_addr < next);
+        if (in_limbo)
             piece = take(limbo, layout, (unsigned)i, at, from_end);
-        } else if (mf_layout_from(layout, context, at, &piece) && piece.start_addr < next) {
+        else if (known)
             piece = clip(&piece, at, next);
+        const bool kept = known && mf_layout_keeps(layout, &piece);
+        *files |= !kept || piece.start_addr > at;
+        if (known)
+            next = end_of(&piece);
+        if (in_limbo) {
+            struct mf_mapping owed = piece;
+            owed.region = LEFT;
+            add(limbo, layout, &owed);
         } else {
-            *files = true;
-            continue;
+            take_left(limbo, context, at, next); /* not twice */
+            put_left(limbo, context, at, next);
         }
-        if (!in_limbo && piece.start_addr > at)
-            *files = true;
-        next = end_of(&piece);
-        if (!mf_layout_keeps(layout, &piece)) {
-            *files = true;
+        if (!kept)
             continue;
-        }
         struct mf_mapping zeros = piece, moved = piece;
         zeros.region = MF_REGION_ZEROS;
         zeros.offset_bytes = 0;
         moved.start_addr = piece.start_addr - from_addr + to_addr;
-        if (in_limbo)
-            add(limbo, layout, &zeros);
-        else
+        if (!in_limbo)
             put(layout, &zeros);
         put(layout, &moved);
     }
@@ -147,13 +245,14 @@ unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32
 {
     unsigned count = 0;
     for (uint64_t at = start_addr, next; at < end_addr; at = next) {
-        int i = find(limbo, context, at, end_addr, &next);
+        int i = find(limbo, context, at, end_addr, true, &next);
         if (i >= 0) {
             const struct mf_mapping gone = take(limbo, layout, (unsigned)i, at, end_addr);
             next = end_of(&gone);
             continue;
         }
         struct mf_range one[1];
+        take_left(limbo, context, at, next);
         if (mf_layout_unmap(layout, context, at, next, one) > 0) {
             *dropped = one[0];
             count = 1; /* only the last piece can be cut in two */
@@ -168,6 +267,9 @@ bool mf_limbo_holds(const struct mf_limbo *limbo, uint32_t context)
     for (unsigned i = 0; i < limbo->count; i++)
         if (limbo->piece[i].context == context)
             return true;
+    for (unsigned i = 0; i < limbo->left_count; i++)
+        if (limbo->left[i].context == context)
+            return true;
     return false;
 }
 
@@ -178,11 +280,12 @@ void mf_limbo_forget(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t 
         if (limbo->piece[i].context != context)
             limbo->piece[kept++] = limbo->piece[i];
     limbo->count = kept;
+    take_left(limbo, context, 0, UINT64_MAX);
     count_owed(limbo, layout);
 }
 
 void mf_limbo_clear(struct mf_limbo *limbo, struct mf_layout *layout)
 {
-    limbo->count = 0;
+    limbo->count = limbo->left_count = 0;
     count_owed(limbo, layout);
 }

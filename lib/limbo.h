@@ -11,11 +11,18 @@
  * limbo, not what has come there since.
  *
  * Every REMAP is followed by the UNMAP of the old place (not with MREMAP_DONTUNMAP, but then the
- * place is not free). Until then zeros stand there, and can be put in limbo like anything else.
+ * place is not free). Until then zeros stand there. Between the two its thread has to wake up,
+ * which takes as long as it likes, and meanwhile another may come to the old place and even leave
+ * it again. So old places are noted, also where nothing was known (what a mapping has grown by, of
+ * which no event tells, may be unknown until it is touched). Who comes to one puts in limbo that
+ * its UNMAP is to come: the next UNMAP there is that one, a REMAP is not. Unless all that a REMAP
+ * moves lies in old places, and a part of it where nobody has come to: then it is of what stayed
+ * mapped.
  *
- * Not covered: what came to the place moves on, and that event is read as well, before the one of
- * who left it first. For that the first must be held up between its change and its event for as
- * long as two events of the other take to be read.
+ * Not covered, where who leaves a place is held up between the change and its event for as long as
+ * events of others take to be read:
+ * - what came to the place moves on, and that event is read as well, before any of who left first;
+ * - nothing was known of what left: its mapping had grown in place, and was not touched since.
  *
  * One thread, with the gate closed.
  */
@@ -27,11 +34,15 @@
 #include "lib/layout.h"
 
 #define MF_LIMBO_MAX 256u
+#define MF_LIMBO_LEFT_MAX 64u
 
 /** struct mf_limbo - zeroed at first; the oldest first. */
 struct mf_limbo {
-    unsigned count;
+    unsigned count, left_count;
     struct mf_mapping piece[MF_LIMBO_MAX];
+    /** Old places of REMAPs, to which nobody has come: their UNMAP is still to come, or they stay
+     * mapped (MREMAP_DONTUNMAP). */
+    struct mf_range left[MF_LIMBO_LEFT_MAX];
 };
 
 /**
@@ -48,7 +59,7 @@ int mf_limbo_remap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t co
 unsigned mf_limbo_unmap(struct mf_limbo *limbo, struct mf_layout *layout, uint32_t context,
                         uint64_t start_addr, uint64_t end_addr, struct mf_range *dropped);
 
-/** mf_limbo_holds() - is anything of @context in limbo? */
+/** mf_limbo_holds() - is anything of @context in limbo, or noted? */
 bool mf_limbo_holds(const struct mf_limbo *limbo, uint32_t context);
 
 /**
