@@ -160,36 +160,44 @@ static bool has_private(const struct mf_events *events)
 }
 
 /*
- * Private memory that belongs to no region, and yet faults: it is watched, so it grew out of what
- * is (a mapping that grows in place inherits that, and no event tells), and is new. What was moved
- * there would be known: a fault may be read before the event that explains it, but none is unread
- * now.
+ * Private memory at @addr that belongs to no region, and yet is watched: it grew out of what is (a
+ * mapping that grows inherits that, and no event tells), and is new. What was moved there would be
+ * known, for no event is unread. The gate is closed.
+ * @mapped_from: so far ahead of it the same mapping must reach.
  */
-static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
+static bool learn_grown(struct mf_events *events, uint32_t index, uint64_t addr,
+                        uint64_t mapped_from)
 {
-    const struct mf_context *context = mf_context_at(events->contexts, fault->context);
+    const struct mf_context *context = mf_context_at(events->contexts, index);
     struct mf_vma vma;
     struct mf_mapping behind;
     struct mf_range dropped[2];
-    if (!has_private(events) || events->layout->lost || events->limbo.count > 0 || !context ||
-        context->maps_fd < 0 || context->unknown || events->layout->unsettled)
+    if (events->layout->lost || events->limbo.count > 0 || !context || context->maps_fd < 0 ||
+        context->unknown || events->layout->unsettled ||
+        mf_vma_find(context->maps_fd, addr, &vma) < 0 || vma.start_addr > mapped_from ||
+        vma.inode != 0 || vma.shared || mf_uffd_event_pending(context->uffd) != 0)
         return false;
-    mf_gate_close(events->gate);
+    const bool more = mf_layout_from(events->layout, index, addr, &behind);
+    const uint64_t end =
+        more && behind.start_addr < vma.end_addr ? behind.start_addr : vma.end_addr;
+    wake_dropped(events, dropped,
+                 mf_layout_learn(events->layout,
+                                 &(struct mf_mapping){.start_addr = addr,
+                                                      .length_bytes = end - addr,
+                                                      .region = MF_REGION_ZEROS,
+                                                      .context = index},
+                                 dropped));
+    return true;
+}
+
+/* It faults, so it is watched. */
+static bool has_grown(struct mf_events *events, const struct mf_fault *fault)
+{
+    if (!has_private(events))
+        return false;
     const uint64_t addr = fault->addr & ~UINT64_C(4095);
-    bool grown = mf_vma_find(context->maps_fd, addr, &vma) == 0 && vma.start_addr <= addr &&
-                 vma.inode == 0 && !vma.shared && mf_uffd_event_pending(context->uffd) == 0;
-    if (grown) {
-        const bool more = mf_layout_from(events->layout, fault->context, addr, &behind);
-        const uint64_t end =
-            more && behind.start_addr < vma.end_addr ? behind.start_addr : vma.end_addr;
-        wake_dropped(events, dropped,
-                     mf_layout_learn(events->layout,
-                                     &(struct mf_mapping){.start_addr = addr,
-                                                          .length_bytes = end - addr,
-                                                          .region = MF_REGION_ZEROS,
-                                                          .context = fault->context},
-                                     dropped));
-    }
+    mf_gate_close(events->gate);
+    bool grown = learn_grown(events, fault->context, addr, addr);
     mf_gate_open(events->gate);
     return grown;
 }
@@ -312,6 +320,18 @@ static void discard_range(struct mf_events *events, uint32_t context, uint64_t s
     }
 }
 
+/* What was moved may have grown by that, and if another moves something to where that was, it must
+ * be known that something was there (lib/limbo.h). Where it ends now can be seen, but what lies
+ * behind it can be told from what it grew by only when no event is unread. */
+static void note_tail(struct mf_events *events, uint32_t context, uint64_t addr)
+{
+    if (events->tail_count == MF_TAILS_ROOM) {
+        events->tail_count--;
+        memmove(events->tail, events->tail + 1, events->tail_count * sizeof(events->tail[0]));
+    }
+    events->tail[events->tail_count++] = (struct mf_tail){.context = context, .addr = addr};
+}
+
 static void remapped(struct mf_events *events, uint32_t context, const struct uffd_msg *message)
 {
     const uint64_t from = message->arg.remap.from, to = message->arg.remap.to;
@@ -323,6 +343,8 @@ static void remapped(struct mf_events *events, uint32_t context, const struct uf
     if (has_private(events) && events->watch == MF_EVENTS_FAULTS &&
         mf_limbo_remap(&events->limbo, events->layout, context, from, to, length_bytes, &files) < 0)
         no_room();
+    if (has_private(events) && events->watch == MF_EVENTS_FAULTS && length_bytes)
+        note_tail(events, context, to + length_bytes);
     if (!files && length_bytes)
         return;
     /* An old length of 0 makes a second mapping of the same. */
@@ -524,6 +546,29 @@ static bool may_read(struct mf_events *events, struct mf_context *context, uint3
     return false;
 }
 
+static void learn_tails(struct mf_events *events, uint32_t context)
+{
+    unsigned kept = 0;
+    for (unsigned i = 0; i < events->tail_count; i++) {
+        const struct mf_tail tail = events->tail[i];
+        struct mf_mapping m;
+        if (tail.context != context)
+            events->tail[kept++] = tail;
+        else if (mf_layout_find(events->layout, context, tail.addr - 1, &m) &&
+                 is_private(events, &m) && !mf_layout_find(events->layout, context, tail.addr, &m))
+            learn_grown(events, context, tail.addr, tail.addr - 1);
+    }
+    events->tail_count = kept;
+}
+
+static bool has_tails(const struct mf_events *events, uint32_t context)
+{
+    for (unsigned i = 0; i < events->tail_count; i++)
+        if (events->tail[i].context == context)
+            return true;
+    return false;
+}
+
 /* The gate is closed. */
 static int read_all(struct mf_events *events, uint32_t context)
 {
@@ -559,11 +604,14 @@ static int read_all(struct mf_events *events, uint32_t context)
 
 /* What displaced a piece found its place free, so the piece had left before, and from then on until
  * that event is read one is pending. If none is, none is to come. */
-static void settle_limbo(struct mf_events *events, uint32_t context)
+static void settle(struct mf_events *events, uint32_t context)
 {
-    if (mf_limbo_holds(&events->limbo, context) &&
-        mf_uffd_event_pending(uffd_of(events, context)) == 0)
-        mf_limbo_forget(&events->limbo, events->layout, context);
+    if ((!mf_limbo_holds(&events->limbo, context) && !has_tails(events, context)) ||
+        mf_uffd_event_pending(uffd_of(events, context)) != 0)
+        return;
+    mf_limbo_forget(&events->limbo, events->layout, context);
+    if (events->limbo.count == 0)
+        learn_tails(events, context);
 }
 
 int mf_events_read(struct mf_events *events, uint32_t context)
@@ -572,7 +620,7 @@ int mf_events_read(struct mf_events *events, uint32_t context)
         return 0;
     mf_gate_close(events->gate);
     int r = read_all(events, context);
-    settle_limbo(events, context);
+    settle(events, context);
     mf_gate_open(events->gate);
     return r;
 }
@@ -609,7 +657,8 @@ static bool read_unread(struct mf_events *events)
     for (uint32_t i = 0; i < events->contexts->count; i++) {
         const struct mf_context *context = mf_context_at(events->contexts, i);
         /* What fails is met again by whoever waits for the userfaultfd. */
-        if (context && (context->unread_ns || mf_limbo_holds(&events->limbo, i)))
+        if (context &&
+            (context->unread_ns || mf_limbo_holds(&events->limbo, i) || has_tails(events, i)))
             event |= mf_events_read(events, i) > 0;
     }
     return event;
@@ -617,7 +666,8 @@ static bool read_unread(struct mf_events *events)
 
 void mf_events_give_up_parked(struct mf_events *events)
 {
-    if ((events->unread || events->limbo.count > 0) && read_unread(events)) {
+    if ((events->unread || events->limbo.count > 0 || events->tail_count > 0) &&
+        read_unread(events)) {
         mf_events_serve(events, true);
         return; /* they have had another chance just now */
     }
@@ -653,6 +703,9 @@ void mf_events_drop(struct mf_events *events, uint32_t context)
     mf_layout_forget(events->layout, context);
     mf_limbo_forget(&events->limbo, events->layout, context);
     mf_contexts_drop(events->contexts, context);
+    for (unsigned i = events->tail_count; i-- > 0;)
+        if (events->tail[i].context == context)
+            events->tail[i] = events->tail[--events->tail_count];
     mf_gate_open(events->gate);
     mf_events_forget_faults(events, context, 0, UINT64_MAX);
 }

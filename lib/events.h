@@ -49,6 +49,7 @@
 
 #define MF_FAULTS_ROOM 1024u /**< faults read but not served yet */
 #define MF_PARKED_ROOM 256u
+#define MF_TAILS_ROOM 64u
 
 /** struct mf_fault - a thread waits. */
 struct mf_fault {
@@ -56,6 +57,12 @@ struct mf_fault {
     uint64_t since_ns; /**< when its message was read, mf_now_ns() */
     uint32_t context;
     pid_t tid; /**< of the thread, in its own pid namespace; 0 without UFFD_FEATURE_THREAD_ID */
+};
+
+/** struct mf_tail - where private memory that was moved ended; it may be longer by now. */
+struct mf_tail {
+    uint32_t context;
+    uint64_t addr;
 };
 
 /** What became of the pages of a REMOVE event's range. */
@@ -127,6 +134,8 @@ struct mf_events {
     unsigned observed;
     bool unread; /**< a context's unread_ns is set */
     struct mf_limbo limbo;
+    unsigned tail_count;
+    struct mf_tail tail[MF_TAILS_ROOM];
     bool serving;
     unsigned fault_count, parked_count;
     struct mf_fault fault[MF_FAULTS_ROOM];
@@ -147,11 +156,13 @@ int mf_events_read(struct mf_events *events, uint32_t context);
 void mf_events_serve(struct mf_events *events, bool event);
 
 /** mf_events_parked() - are faults waiting for an event that explains them, messages to be read
- * because who sends an event is not to be seen yet, or pieces of memory in limbo? Then call
+ * because who sends an event is not to be seen yet, or pieces of memory in limbo, or to be looked
+ * at? Then call
  * mf_events_give_up_parked() within some milliseconds. */
 static inline bool mf_events_parked(const struct mf_events *events)
 {
-    return events->parked_count > 0 || events->unread || events->limbo.count > 0;
+    return events->parked_count > 0 || events->unread || events->limbo.count > 0 ||
+           events->tail_count > 0;
 }
 
 /** mf_events_give_up_parked() - try the parked ones once more, and let those that still nothing

@@ -14,6 +14,7 @@
 
 #include <cmocka.h>
 
+#include "lib/proc_stat.h"
 #include "tests/lib/arena.h"
 
 #define PAGES ARENA_PAGES_MAX
@@ -232,6 +233,90 @@ static void what_is_left_behind_by_dontunmap_is_served_too(void **state)
     arena_free(&a);
 }
 
+/* ---- moving to where something was moved away from ---- */
+
+struct move {
+    struct runner runner;
+    uint8_t *from, *to;
+    uint64_t length_bytes;
+    _Atomic pid_t tid;
+    _Atomic bool done;
+};
+
+static void move_once(void *argument)
+{
+    struct move *m = argument;
+    atomic_store(&m->tid, gettid());
+    must(mremap(m->from, m->length_bytes, m->length_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, m->to) ==
+         m->to);
+    atomic_store(&m->done, true);
+}
+
+/* Until it has moved, and waits for that to be read. */
+static void start_move(struct move *m)
+{
+    unsigned char in_core;
+    struct mf_proc_stat stat;
+    runner_start(&m->runner, move_once, m);
+    while (!atomic_load(&m->tid) || mincore(m->from, 1, &in_core) == 0)
+        nap_ms(1);
+    while (mf_proc_stat(getpid(), m->tid, &stat) < 0 || stat.state == 'R')
+        nap_ms(1);
+}
+
+/* What it has grown by is moved away, and when an event of that is read its thread has to wake up
+ * before it tells the next; meanwhile another thread moves something there, which must not be taken
+ * for what is to leave.
+ * @onto: it is moved over something else, so that what is told first is the end of that. @look: is
+ * there time to look how much it has grown by? */
+static void leave_and_come(bool onto, bool look)
+{
+    struct arena a;
+    arena_make(&a, memory, PAGES, NULL, PROVIDER(.want = make_page));
+    const uint64_t bytes = 4 * a.page_bytes;
+    memferry_server_start(a.server);
+    uint8_t *grown = arena_reserve(&a, 2 * bytes);
+    must(mremap(a.at, bytes, 2 * bytes, MREMAP_MAYMOVE | MREMAP_FIXED, grown) == grown);
+    memferry_server_stop(a.server);
+    for (unsigned i = 0; look && i < 10; i++)
+        assert_true(memferry_server_run(a.server, 20) >= 0);
+    struct move leaves = {.from = grown + bytes,
+                          .to = onto ? (uint8_t *)arena_page(&a, 16) : arena_reserve(&a, bytes),
+                          .length_bytes = bytes};
+    struct move comes = {
+        .from = (uint8_t *)arena_page(&a, 8), .to = grown + bytes, .length_bytes = bytes};
+    start_move(&leaves);
+    start_move(&comes);
+    while (!leaves.done || !comes.done)
+        assert_true(memferry_server_run(a.server, 10) >= 0);
+    runner_join(&leaves.runner);
+    runner_join(&comes.runner);
+    memferry_server_start(a.server);
+    for (uint64_t page = 0; page < 4; page++) {
+        const uint64_t offset_bytes = page * a.page_bytes;
+        must(page_is(grown + offset_bytes, a.page_bytes, page, 1));
+        must(page_is(comes.to + offset_bytes, a.page_bytes, 8 + page, 1));
+        if (memory == MEMFERRY_ANONYMOUS)
+            must(page_is_zero(leaves.to + offset_bytes, a.page_bytes));
+        else
+            must(page_is(leaves.to + offset_bytes, a.page_bytes, 4 + page, 1));
+    }
+    munmap(grown, 2 * bytes);
+    munmap(leaves.to, bytes);
+    a.at = NULL; /* parts of it may be somebody else's by now */
+    arena_free(&a);
+}
+
+static void what_comes_to_where_something_was_stays(void **state)
+{
+    (void)state;
+    if (memory == MEMFERRY_HUGETLB)
+        skip(); /* mremap(2) refuses to make it longer */
+    leave_and_come(false, false);
+    leave_and_come(false, true);
+    leave_and_come(true, true);
+}
+
 /* ---- unmapping under somebody who waits ---- */
 
 struct waiter {
@@ -297,6 +382,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(what_the_server_was_told_to_discard_is_zero),
         cmocka_unit_test(memory_is_served_where_it_was_moved_to),
         cmocka_unit_test(what_is_left_behind_by_dontunmap_is_served_too),
+        cmocka_unit_test(what_comes_to_where_something_was_stays),
         cmocka_unit_test(a_page_may_be_unmapped_while_somebody_waits_for_it),
     };
     return arena_tests(argc, argv, memory, tests);
