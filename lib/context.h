@@ -24,8 +24,8 @@ struct mf_context {
     int maps_fd; /**< its /proc/PID/maps, -1: not known */
     pid_t pid;   /**< for its owner: whose it is, 0: not known */
     /** For lib/events.c: since when its messages could not be read, for who sends an event is not
-     * seen; 0: they were read. */
-    uint64_t unread_ns;
+     * seen, or (busy) gets to no CPU; 0: they were read. */
+    uint64_t unread_ns, busy_ns;
     bool child;             /**< came by a fork */
     bool unknown;           /**< for its owner: what private memory it maps is not known */
     bool leaving;           /**< for its owner: it is being dropped */

@@ -19,6 +19,8 @@
 #define MESSAGES_A_READ 64u
 #define OBSERVE_TRIES 8u
 #define UNREAD_NS 200000000u /**< so long an event may keep others from being read */
+/* The same where its sender would be seen if he got to a CPU. */
+#define BUSY_NS UINT64_C(10000000000)
 /* Looked at twice and different each time: somebody changes it faster than that. */
 #define LOOKS_MAX 8u
 
@@ -517,6 +519,7 @@ static bool may_read(struct mf_events *events, struct mf_context *context, uint3
     if (!events->ops->observe)
         return true;
     *room = 1;
+    bool busy = false;
     for (unsigned tries = 0; tries < OBSERVE_TRIES; tries++) {
         struct pollfd readable = {.fd = context->uffd, .events = POLLIN};
         if (poll(&readable, 1, 0) <= 0)
@@ -532,15 +535,23 @@ static bool may_read(struct mf_events *events, struct mf_context *context, uint3
         if (event || tries > 0)
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
         events->observed = events->ops->observe(events->arg, index);
+        busy = events->observed == MF_EVENTS_BUSY;
+        if (busy) {
+            events->observed = 0;
+            break;
+        }
         if (events->observed > 0)
             return true;
     }
     /* Later: there are others to be served. Not for ever: what is read then is from somebody
      * unknown. */
     const uint64_t now_ns = mf_now_ns();
-    if (context->unread_ns && now_ns - context->unread_ns > UNREAD_NS)
+    if (busy && !context->busy_ns)
+        context->busy_ns = now_ns;
+    const uint64_t since_ns = busy ? context->busy_ns : context->unread_ns;
+    if (since_ns && now_ns - since_ns > (busy ? BUSY_NS : UNREAD_NS))
         return true;
-    if (!context->unread_ns)
+    if (busy || !context->unread_ns)
         context->unread_ns = now_ns;
     events->unread = true;
     return false;
@@ -579,7 +590,7 @@ static int read_all(struct mf_events *events, uint32_t context)
     events->observed = 0;
     while (may_read(events, from, context, event, &room)) {
         ssize_t n = read(from->uffd, messages, room * sizeof(messages[0]));
-        from->unread_ns = 0;
+        from->unread_ns = from->busy_ns = 0;
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno != EAGAIN)

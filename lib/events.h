@@ -99,6 +99,8 @@ struct mf_events_ops {
      * may be read before it must be asked again; 0: nobody is seen to wait (the event is about to
      * be sent, or was read a moment ago), ask again. */
     unsigned (*observe)(void *arg, uint32_t context);
+#define MF_EVENTS_BUSY                                                                             \
+    UINT32_MAX /**< from `observe`: not yet, for a busy machine lets nobody run */
     /** removed: what a REMOVE event over [@start_addr, @end_addr) does. NULL: it removes. */
     enum mf_removed (*removed)(void *arg, uint32_t context, uint64_t start_addr, uint64_t end_addr);
     /** moved: how much a REMAP event's call has moved, which may be less than it says. NULL: as

@@ -160,18 +160,21 @@ static bool same_call(const struct mf_blocked *a, const struct mf_blocked *b)
 
 enum sight {
     SEEN_RUNNING,
+    SEEN_UNCLEAR, /**< SEEN_RUNNING or SEEN_WOKEN: nobody may read its stack */
     SEEN_WAITING,
     SEEN_ELSEWHERE,
     SEEN_WOKEN, /**< inside the wait, but not asleep: it goes on, or to sleep again */
 };
 
-/** was_woken() - is a thread that can run still inside the wait? While it waits for a CPU its stack
- * shows so (proc_pid_stack(5), for which CAP_SYS_ADMIN is needed; without it: no). */
-static bool was_woken(int proc_fd, pid_t tid)
+/** running() - a thread that can run: is it still inside the wait? While it waits for a CPU its
+ * stack shows so (proc_pid_stack(5), for which CAP_SYS_ADMIN is needed). */
+static enum sight running(int proc_fd, pid_t tid)
 {
     char stack[2048];
-    return read_text(proc_fd, tid, "stack", stack, sizeof(stack)) > 0 &&
-           strstr(stack, "userfaultfd_");
+    ssize_t length = read_text(proc_fd, tid, "stack", stack, sizeof(stack));
+    if (length < 0)
+        return SEEN_UNCLEAR;
+    return length > 0 && strstr(stack, "userfaultfd_") ? SEEN_WOKEN : SEEN_RUNNING;
 }
 
 /** look_at() - one thread. @any: as read_call(). Return: an enum sight, @out filled if it waits, or
@@ -181,7 +184,7 @@ static int look_at(const struct subject *of, pid_t tid, bool any, struct mf_bloc
     const int proc_fd = of->proc_fd;
     int rc = read_call(of, tid, any, out);
     if (rc == 0)
-        return was_woken(proc_fd, tid) ? SEEN_WOKEN : SEEN_RUNNING;
+        return (int)running(proc_fd, tid);
     if (rc < 0)
         return rc == -EAGAIN ? SEEN_ELSEWHERE : rc;
     enum waits waits = waits_for_reader(proc_fd, tid);
@@ -201,6 +204,33 @@ static int look_at(const struct subject *of, pid_t tid, bool any, struct mf_bloc
     return SEEN_WAITING;
 }
 
+#define RUNNERS 512u
+#define REALLY_RUNS_NS 50000u /**< more than it takes to look and sleep again */
+
+/** struct runners - threads that were seen running, and for how long they had run by then. A place
+ * is a thread's by its number; who finds it taken is left out. */
+struct runners {
+    struct {
+        pid_t tid;
+        uint64_t run_ns;
+    } seen[RUNNERS];
+};
+
+/** perhaps_woken() - of a thread whose stack nobody may read: if it can run, and has not run since
+ * it was first seen so, it is perhaps still inside the wait. */
+static bool perhaps_woken(int proc_fd, struct runners *runners, pid_t tid)
+{
+    const uint64_t run_ns = runs_of(proc_fd, tid).run_ns;
+    const unsigned at = (unsigned)tid % RUNNERS;
+    if (run_ns == 0)
+        return false; /* the kernel does not count */
+    if (!runners->seen[at].tid) {
+        runners->seen[at].tid = tid;
+        runners->seen[at].run_ns = run_ns;
+    }
+    return runners->seen[at].tid == tid && run_ns <= runners->seen[at].run_ns + REALLY_RUNS_NS;
+}
+
 /** struct dirent64_head - what getdents64(2) gives, before the name. */
 struct dirent64_head {
     uint64_t inode;
@@ -214,12 +244,13 @@ struct dirent64_head {
  * creation.
  * @any:    as read_call().
  * @woken:  how many are about to wait again, or to go on.
+ * @perhaps: of how many that can't be said (perhaps_woken()).
  * @last_waiter, @last: the last one that waits, and the last of all; 0: none.
  * @others_free: of those for whom there was no room one may free a file's pages.
  */
 struct pass {
     bool any, others_free;
-    size_t woken;
+    size_t woken, perhaps;
     pid_t last_waiter, last;
 };
 
@@ -243,9 +274,9 @@ static bool make_room(struct mf_blocked *blocked, size_t max, size_t *from,
  * Not by readdir(3), which allocates: a process that looks at itself may have a thread in fork(3),
  * which holds the allocator's locks until its event is read. */
 static ssize_t look(const struct subject *of, const struct pass *before, struct pass *pass,
-                    struct mf_blocked *blocked, size_t max)
+                    struct runners *runners, struct mf_blocked *blocked, size_t max)
 {
-    pass->woken = 0;
+    pass->woken = pass->perhaps = 0;
     pass->last_waiter = pass->last = 0;
     pass->others_free = false;
     cleanup_close int task = openat(of->proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -277,6 +308,7 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
             if (rc < 0)
                 return rc;
             pass->woken += rc == SEEN_WOKEN;
+            pass->perhaps += rc == SEEN_UNCLEAR && perhaps_woken(of->proc_fd, runners, tid);
             if (rc != SEEN_WAITING)
                 continue;
             pass->last_waiter = tid;
@@ -297,18 +329,23 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
 
 /** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
  * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
+ * Where only one waits nobody else was woken, as a rule.
  */
 static ssize_t look_settled(const struct subject *of, const struct pass *before, struct pass *pass,
                             struct mf_blocked *blocked, size_t max)
 {
     uint64_t start_ns = mf_now_ns();
     long pause_ns = 5000;
+    struct runners runners;
+    memset(&runners, 0, sizeof(runners));
     for (;;) {
-        ssize_t count = look(of, before, pass, blocked, max);
+        ssize_t count = look(of, before, pass, &runners, blocked, max);
         if (count == -EAGAIN) {
             before = NULL;
             continue;
         }
+        if (count > 1)
+            pass->woken += pass->perhaps;
         if (count < 0 || pass->woken == 0 || mf_now_ns() - start_ns > WOKEN_LIMIT_NS)
             return count;
         nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
@@ -341,6 +378,7 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
         pass.any = true; /* a driver's ioctl(2), say: takes looking at every thread more closely */
         first = look_settled(&of, NULL, &pass, blocked, max);
     }
+    out->unsettled = pass.woken > 0;
     if (first <= 0)
         return (int)first;
     size_t before_count = (size_t)first < max ? (size_t)first : max;
@@ -361,6 +399,10 @@ int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blo
             seen = before[k].tid == blocked[i].tid && before[k].switches == blocked[i].switches;
         out->readable += seen;
     }
+    /* What is read may be from one of those, who queued before all others perhaps. */
+    out->unsettled = pass.woken > 0 || again.woken > 0;
+    if (out->unsettled)
+        out->readable = 0;
     return 0;
 }
 

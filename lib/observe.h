@@ -38,12 +38,14 @@ int mf_observe_open(pid_t pid, struct mf_error *err);
  * @readable: so many messages may be read now, and each is from one of them. At most @count.
  * @complete: false: there were more waiters than the array can hold; messages may be from others
  *            too.
+ * @unsettled: somebody was woken long ago and has not got to a CPU since, so his call can't be
+ * seen: `readable` is 0 then.
  * @others_free: one of those others may free a file's pages (mf_blocked_frees()). Whoever does has
  *            his place in the array before those who do not.
  */
 struct mf_observation {
     size_t count, readable;
-    bool complete, others_free;
+    bool complete, others_free, unsettled;
 };
 
 /**

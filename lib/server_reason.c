@@ -203,6 +203,8 @@ unsigned server_observe(void *argument, uint32_t context)
     cleanup_close int proc_fd = open_process(s, context);
     if (proc_fd < 0 || mf_observe(proc_fd, r->blocked, SERVER_BLOCKED, &seen) < 0)
         return 1;
+    if (seen.unsettled)
+        return MF_EVENTS_BUSY;
     r->blocked_count = seen.count;
     carry_over(before, before_count, r->blocked, seen.count);
     if (s->options.flags & MEMFERRY_FOLLOW_FORKS)

@@ -253,6 +253,7 @@ static int observe_the_young(struct talk *talk)
     const uint64_t since = started(known.target);
     cleanup_closedir DIR *proc = opendir("/proc");
     int readable = 0;
+    bool unsettled = false;
     talk->complete = true;
     talk->others_free = false;
     talk->count = 0;
@@ -269,8 +270,9 @@ static int observe_the_young(struct talk *talk)
         talk->complete &= seen.complete;
         talk->others_free |= seen.others_free;
         readable += (int)seen.readable;
+        unsettled |= seen.unsettled;
     }
-    return readable;
+    return unsettled ? -EBUSY : readable;
 }
 
 /* What the mover keeps must not be of those that are left for looking. */
@@ -309,7 +311,7 @@ static void answer(struct talk *talk)
         talk->complete = seen.complete;
         talk->others_free = seen.others_free;
         if (talk->result == 0)
-            talk->result = (int32_t)seen.readable;
+            talk->result = seen.unsettled ? -EBUSY : (int32_t)seen.readable;
         break;
     }
     case SETTLE: {
@@ -408,7 +410,7 @@ int companion_start(struct companion *companion, int ipc_fd, uid_t uid, gid_t gi
                     struct mf_error *err)
 {
     int pair[2];
-    const struct timeval patience = {.tv_sec = 2};
+    const struct timeval patience = {.tv_sec = 10}; /* a look takes up to 4 s */
     *companion = (struct companion){.sock = -1};
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
         return mf_fail(err, errno, "cannot make a socket for the mover's companion: %s",

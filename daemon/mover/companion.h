@@ -64,11 +64,12 @@ int companion_introduce(struct companion *companion, pid_t target, int uffd,
                         const uint64_t (*files)[2], unsigned count);
 
 /* What follows is asked by one thread. Each takes some 50 µs and more; -ETIMEDOUT when there is no
- * answer within two seconds. */
+ * answer within ten seconds. */
 
 /** companion_observe() - mf_observe() of a process into `blocked`. @pid: 0 is the target, -1 all
  * processes that map the session's memory, are younger than the target, and were not named yet.
- * Return: how many events may be read now, at least 0, or -errno. */
+ * Return: how many events may be read now, at least 0, or -errno (-EBUSY: not yet, some have not
+ * got to a CPU for long). */
 int companion_observe(struct companion *companion, pid_t pid);
 
 /** companion_settle() - mf_observe_settle() of what companion_observe() saw. */

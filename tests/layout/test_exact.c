@@ -137,6 +137,8 @@ static unsigned observe(void *arg, uint32_t context)
 {
     (void)arg;
     int r = companion_observe(&companion, process_of(context));
+    if (r == -EBUSY || r == -ETIMEDOUT)
+        return MF_EVENTS_BUSY;
     return r >= 0 ? (unsigned)r : 1;
 }
 

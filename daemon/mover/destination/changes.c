@@ -5,6 +5,7 @@
  */
 #include "daemon/mover/destination/destination.h"
 
+#include <errno.h>
 #include <inttypes.h>
 
 #include "lib/log.h"
@@ -66,6 +67,8 @@ int changes_maps(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr
 unsigned changes_observe(struct mover *mover, uint32_t context)
 {
     int r = companion_observe(&mover->companion, process_of(mover, context));
+    if (r == -EBUSY || r == -ETIMEDOUT)
+        return MF_EVENTS_BUSY;
     return r >= 0 ? (unsigned)r : 1;
 }
 
