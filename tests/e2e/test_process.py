@@ -425,6 +425,7 @@ def process_stopped_meanwhile(sandbox):
         need(f"was {word}" in answer.json["reason"], f"the reason: {answer}")
         need((pair.source.state() == "T") == (then == signal.SIGSTOP), f"it is in state {pair.source.state()}")
         pair.b.wait_state(pair.name, ("failed", "cancelled"), 40)
+        pair.a.expect(0, "forget", pair.name)
         pair.fresh_destination()
     os.kill(pair.source.pid, signal.SIGCONT)
     pair.check_stayed()
