@@ -17,6 +17,7 @@ ON_HUGE_PAGES = ("faults", "tracked", "writes")
 # Kernel in which it arrived: facts that are skipped before, as doc/kernel.md says.
 SINCE = {
     "continue_overwrites_poison": (6, 6),
+    "zeropage_leaves_poison_in_private_memory": (6, 6),
     "stores_to_private_memory_are_seen": (6, 7),
     "a_guard_is_not_told": (6, 15),
     "continue_on_a_guard_overwrites_it_or_is_eexist": (6, 15),

@@ -22,6 +22,7 @@
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/stat.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -246,6 +247,14 @@ static void goes_unnoticed_by_signalled_threads(void **state)
 static void goes_unnoticed_by_threads_with_a_dispatcher(void **state)
 {
     (void)state;
+    struct utsname system;
+    unsigned major = 0, minor = 0;
+    assert_int_equal(uname(&system), 0);
+    if (sscanf(system.release, "%u.%u", &major, &minor) != 2 || major < 6 ||
+        (major == 6 && minor < 4)) {
+        print_message("skipped: no tracer can see a dispatcher before Linux 6.4\n");
+        skip();
+    }
     goes_unnoticed_in("dispatch,dispatch-range,nanosleep");
 }
 
@@ -554,6 +563,7 @@ static unsigned holders(const struct stat *of, int fd)
 static _Noreturn void *fork_without_end(void *arg)
 {
     pid_t alive[24] = {0};
+    const pid_t self = getpid();
     (void)arg;
     for (size_t i = 0;; i = (i + 1) % (sizeof(alive) / sizeof(alive[0]))) {
         if (alive[i]) {
@@ -563,8 +573,9 @@ static _Noreturn void *fork_without_end(void *arg)
         alive[i] = fork();
         if (alive[i] == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
-            for (;;)
+            while (getppid() == self) /* it may have died before that was said */
                 pause();
+            _exit(0);
         }
     }
 }
@@ -596,7 +607,7 @@ static void leaves_no_copy_to_children(void **state)
         struct stat st;
         cleanup_close int fd = inject(&child, &remote_fd);
         assert_int_equal(fstat(fd, &st), 0);
-        assert_int_equal(mf_uffd_api(fd, MF_UFFD_FEATURES_WP, 0, NULL, &err), 0);
+        assert_int_equal(mf_uffd_api(fd, MF_UFFD_FEATURES, 0, NULL, &err), 0);
         copies += holders(&st, remote_fd) - 1;
         if (mf_withdraw(child.pid, fd, remote_fd, &err) < 0)
             fail_msg("not withdrawn: %s", err.text);
