@@ -85,6 +85,8 @@ class Bench:
         sys.setswitchinterval(0.0005)
         self.sandbox.__enter__()
         try:
+            if self.options.huge:
+                run("mount", "-t", "tmpfs", "-o", f"huge={self.options.huge}", "none", self.sandbox.ram)
             self._hold_memory()
             self.network = Network(self.sandbox)
             self.network.limit(self.options.mbit)
@@ -405,6 +407,9 @@ def add_options(parser):
     parser.add_argument("--ballast", action=argparse.BooleanOptionalAction, default=True,
                         help="have all memory touched before it is used, for a machine that is itself "
                              "virtual (yes; tests/bench/ballast says why)")
+    parser.add_argument("--huge", choices=("never", "within_size", "always", "advise"),
+                        help="put the RAM files on a tmpfs mounted with this option huge= (on /dev/shm as it "
+                             "is); memferry check recommends within_size")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                         help="have the guest check all its memory after each run (yes)")
     parser.add_argument("--json", metavar="FILE", help="write every run's figures there")
