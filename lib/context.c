@@ -28,7 +28,8 @@ int mf_contexts_add(struct mf_contexts *contexts, int uffd, int maps_fd, bool ch
             return -ENOMEM;
         contexts->count++;
     }
-    *place(contexts, index) = (struct mf_context){.uffd = uffd, .maps_fd = maps_fd, .child = child};
+    *place(contexts, index) =
+        (struct mf_context){.uffd = uffd, .maps_fd = maps_fd, .woken = true, .child = child};
     contexts->used++;
     return (int)index;
 }

@@ -26,6 +26,8 @@ struct mf_context {
     /** For lib/events.c: since when its messages could not be read, for who sends an event is not
      * seen, or (busy) gets to no CPU; 0: they were read. */
     uint64_t unread_ns, busy_ns;
+    /** Others waited when its last event was read, or that is not known (lib/observe.h). */
+    bool woken;
     bool child;             /**< came by a fork */
     bool unknown;           /**< for its owner: what private memory it maps is not known */
     bool leaving;           /**< for its owner: it is being dropped */

@@ -25,9 +25,10 @@ int mf_observe_open(pid_t pid, struct mf_error *err)
     return mf_fail(err, errno, "cannot look at process %d (%s): %s", pid, path, strerror(errno));
 }
 
-/** struct subject - a process that is looked at. @cache: NULL for none. */
+/** struct subject - a process that is looked at. @woken: as mf_observe(). @cache: NULL for none. */
 struct subject {
     int proc_fd;
+    bool woken;
     struct mf_observe_cache *cache;
 };
 
@@ -243,14 +244,13 @@ struct dirent64_head {
 /** struct pass - one look at the threads, in the order in which /proc lists them: that of their
  * creation.
  * @any:    as read_call().
- * @woken:  how many are about to wait again, or to go on.
- * @perhaps: of how many that can't be said (perhaps_woken()).
+ * @woken:  how many are about to wait again, or to go on; perhaps (perhaps_woken()).
  * @last_waiter, @last: the last one that waits, and the last of all; 0: none.
  * @others_free: of those for whom there was no room one may free a file's pages.
  */
 struct pass {
     bool any, others_free;
-    size_t woken, perhaps;
+    size_t woken;
     pid_t last_waiter, last;
 };
 
@@ -276,7 +276,7 @@ static bool make_room(struct mf_blocked *blocked, size_t max, size_t *from,
 static ssize_t look(const struct subject *of, const struct pass *before, struct pass *pass,
                     struct runners *runners, struct mf_blocked *blocked, size_t max)
 {
-    pass->woken = pass->perhaps = 0;
+    pass->woken = 0;
     pass->last_waiter = pass->last = 0;
     pass->others_free = false;
     cleanup_close int task = openat(of->proc_fd, "task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -308,7 +308,8 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
             if (rc < 0)
                 return rc;
             pass->woken += rc == SEEN_WOKEN;
-            pass->perhaps += rc == SEEN_UNCLEAR && perhaps_woken(of->proc_fd, runners, tid);
+            pass->woken +=
+                rc == SEEN_UNCLEAR && of->woken && perhaps_woken(of->proc_fd, runners, tid);
             if (rc != SEEN_WAITING)
                 continue;
             pass->last_waiter = tid;
@@ -329,7 +330,6 @@ static ssize_t look(const struct subject *of, const struct pass *before, struct 
 
 /** look_settled() - look until nobody is in between. Reading a message wakes all who wait; those
  * whose it was not sleep again, as soon as they get to a CPU. Until then their call can't be seen.
- * Where only one waits nobody else was woken, as a rule.
  */
 static ssize_t look_settled(const struct subject *of, const struct pass *before, struct pass *pass,
                             struct mf_blocked *blocked, size_t max)
@@ -344,8 +344,6 @@ static ssize_t look_settled(const struct subject *of, const struct pass *before,
             before = NULL;
             continue;
         }
-        if (count > 1)
-            pass->woken += pass->perhaps;
         if (count < 0 || pass->woken == 0 || mf_now_ns() - start_ns > WOKEN_LIMIT_NS)
             return count;
         nanosleep(&(struct timespec){.tv_nsec = pause_ns}, NULL);
@@ -359,15 +357,16 @@ struct seen {
     uint64_t switches;
 };
 
-int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_observation *out)
+int mf_observe(int proc_fd, bool woken, struct mf_blocked *blocked, size_t max,
+               struct mf_observation *out)
 {
-    return mf_observe_cached(proc_fd, NULL, blocked, max, out);
+    return mf_observe_cached(proc_fd, NULL, woken, blocked, max, out);
 }
 
-int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blocked *blocked,
-                      size_t max, struct mf_observation *out)
+int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, bool woken,
+                      struct mf_blocked *blocked, size_t max, struct mf_observation *out)
 {
-    const struct subject of = {.proc_fd = proc_fd, .cache = cache};
+    const struct subject of = {.proc_fd = proc_fd, .woken = woken, .cache = cache};
     struct seen before[MF_OBSERVE_MAX];
     if (max > MF_OBSERVE_MAX)
         max = MF_OBSERVE_MAX;

@@ -14,6 +14,11 @@
  * one at the latest, and as many messages may be read as the first one saw waiters. Each of them is
  * from somebody whom the second one saw.
  *
+ * One who waits can be overlooked for one reason: reading a message wakes all who wait, and those
+ * whose it was not have to get to a processor to sleep again, which on a busy machine takes a
+ * while. But that can only be somebody who waited when the last message was read. So whoever reads
+ * asks right afterwards whether there is more to be read (poll(2)), and says so here (@woken).
+ *
  * Needs ptrace access to the process (ptrace(2): PTRACE_MODE_ATTACH_FSCREDS, so CAP_SYS_PTRACE for
  * anybody else's). Thread-safe. Nothing here allocates or takes a lock.
  */
@@ -51,13 +56,16 @@ struct mf_observation {
 /**
  * mf_observe() - who waits.
  * @proc_fd: of mf_observe_open().
+ * @woken:   did others wait when the last message was read, or is that not known? Then it is waited
+ *           until nobody can be one of them who has not got to a processor since.
  * @blocked: room for @max, at most MF_OBSERVE_MAX: for the threads that change the layout at the
  *           same time, not for all that there are.
  * Threads that run are no candidates, nor those in other calls, unless proc_pid_wchan(5) says that
  * they wait for a userfaultfd's event. Return: 0, or -errno (-ESRCH: the process is gone, -EPERM).
  * Takes about 5 µs a thread and look.
  */
-int mf_observe(int proc_fd, struct mf_blocked *blocked, size_t max, struct mf_observation *out);
+int mf_observe(int proc_fd, bool woken, struct mf_blocked *blocked, size_t max,
+               struct mf_observation *out);
 
 #define MF_OBSERVE_SLOTS 1024
 
@@ -75,8 +83,8 @@ void mf_observe_cache_init(struct mf_observe_cache *cache);
 void mf_observe_cache_end(struct mf_observe_cache *cache);
 
 /** mf_observe_cached() - mf_observe() with a cache of that process alone, or NULL. */
-int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, struct mf_blocked *blocked,
-                      size_t max, struct mf_observation *out);
+int mf_observe_cached(int proc_fd, struct mf_observe_cache *cache, bool woken,
+                      struct mf_blocked *blocked, size_t max, struct mf_observation *out);
 
 /**
  * mf_observe_settle() - after one message was read and mf_change_from_event() named several

@@ -201,7 +201,8 @@ unsigned server_observe(void *argument, uint32_t context)
     r->blocked_count = 0;
     r->context = context;
     cleanup_close int proc_fd = open_process(s, context);
-    if (proc_fd < 0 || mf_observe(proc_fd, r->blocked, SERVER_BLOCKED, &seen) < 0)
+    if (proc_fd < 0 || mf_observe(proc_fd, mf_context_at(&s->contexts, context)->woken, r->blocked,
+                                  SERVER_BLOCKED, &seen) < 0)
         return 1;
     if (seen.unsettled)
         return MF_EVENTS_BUSY;

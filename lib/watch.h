@@ -44,6 +44,7 @@ struct mf_watched {
  * @stale:   the layout has changed since.
  * @ranges:  the addresses that are watched, as far as events and scans tell.
  * @mark:    of a child: memory that it has inherited, by which it can be found; empty: unknown.
+ * @woken:   for mf_observe(): others waited when the last message was read.
  * @gone_since_ns: when some of them were first seen to be mapped no more without a word; 0: none.
  */
 struct mf_watch {
@@ -52,7 +53,7 @@ struct mf_watch {
     struct mf_watched *maps;
     size_t count;
     uint64_t total_pages; /**< size of the address space at the last scan: proc_pid_statm(5) */
-    bool stale;
+    bool stale, woken;
     struct mf_extents ranges;
     struct mf_extent mark;
     struct mf_observe_cache *threads; /**< NULL until it is needed */

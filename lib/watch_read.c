@@ -100,8 +100,8 @@ static size_t observe(struct mf_watch *watch, struct batch *batch)
     uint64_t start_ns = mf_now_ns();
     keep_threads(watch);
     while (watch->pid) {
-        if (mf_observe_cached(watch->proc_fd, watch->threads, batch->blocked, MF_OBSERVE_MAX,
-                              &batch->seen) < 0)
+        if (mf_observe_cached(watch->proc_fd, watch->threads, watch->woken, batch->blocked,
+                              MF_OBSERVE_MAX, &batch->seen) < 0)
             break;
         if (batch->seen.readable || mf_now_ns() - start_ns > WAITERS_LIMIT_MS * UINT64_C(1000000))
             break;
@@ -206,6 +206,7 @@ int mf_watch_read(struct mf_watch *watch, mf_watch_fn *fn, void *arg)
                 rc = got < 0 && errno != EAGAIN ? -errno : 0;
                 break;
             }
+            watch->woken = readable(watch->uffd);
             if (message.event == UFFD_EVENT_PAGEFAULT)
                 continue; /* nothing is ever registered that would send one */
             sure = told(watch, batch, &message, fn, arg);

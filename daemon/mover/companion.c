@@ -47,6 +47,7 @@ struct talk {
     int32_t result;  /**< answer: 0 or more, or -errno */
     int32_t pid;
     uint32_t count; /**< of files or blocked, the only ones that are sent */
+    bool woken;     /**< see mf_observe() */
     bool complete, others_free;
     uint64_t addr;
     struct mf_change change;
@@ -263,8 +264,8 @@ static int observe_the_young(struct talk *talk)
         if (pid <= 0 || pid == known.target || is_told(pid) || started(pid) < since)
             continue;
         cleanup_close int fd = open_process(pid);
-        if (fd < 0 ||
-            mf_observe(fd, talk->blocked + talk->count, MF_OBSERVE_MAX - talk->count, &seen) < 0)
+        if (fd < 0 || mf_observe(fd, talk->woken, talk->blocked + talk->count,
+                                 MF_OBSERVE_MAX - talk->count, &seen) < 0)
             continue;
         talk->count += (uint32_t)seen.count;
         talk->complete &= seen.complete;
@@ -306,7 +307,8 @@ static void answer(struct talk *talk)
             break;
         }
         cleanup_close int fd = open_process(pid);
-        talk->result = fd < 0 ? fd : mf_observe(fd, talk->blocked, MF_OBSERVE_MAX, &seen);
+        talk->result =
+            fd < 0 ? fd : mf_observe(fd, talk->woken, talk->blocked, MF_OBSERVE_MAX, &seen);
         talk->count = (uint32_t)seen.count;
         talk->complete = seen.complete;
         talk->others_free = seen.others_free;
@@ -461,9 +463,9 @@ int companion_introduce(struct companion *companion, pid_t target, int uffd,
 
 /* One look. What is in `blocked` and was not seen again stays: nothing was read meanwhile, so it
  * waits still. */
-static int observe_more(struct companion *companion, pid_t pid)
+static int observe_more(struct companion *companion, pid_t pid, bool woken)
 {
-    struct talk talk = {.question = OBSERVE, .pid = pid};
+    struct talk talk = {.question = OBSERVE, .pid = pid, .woken = woken};
     int r = ask(companion, &talk);
     if (r < 0)
         return r;
@@ -495,7 +497,7 @@ static void carry_over(const struct mf_blocked *before, size_t before_count,
                 blocked[i].taken = true;
 }
 
-int companion_observe(struct companion *companion, pid_t pid)
+int companion_observe(struct companion *companion, pid_t pid, bool woken)
 {
     struct mf_blocked before[MF_OBSERVE_MAX];
     const size_t before_count = companion->blocked_count;
@@ -505,13 +507,13 @@ int companion_observe(struct companion *companion, pid_t pid)
     companion->blocked_count = 0;
     companion->complete = true;
     companion->others_free = false;
-    int r = observe_more(companion, pid);
+    int r = observe_more(companion, pid, woken);
     for (unsigned i = 0; soon && r > 0 && i < SOON_LOOKS; i++) {
         const size_t seen = companion->blocked_count;
         const size_t many = seen > before_count ? seen : before_count;
         nanosleep(&(struct timespec){.tv_nsec = (long)(SOON_PAUSE_NS << i) + (long)many * 10000},
                   NULL);
-        r = observe_more(companion, pid);
+        r = observe_more(companion, pid, woken);
         if (companion->blocked_count == seen)
             break;
     }

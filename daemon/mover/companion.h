@@ -68,9 +68,10 @@ int companion_introduce(struct companion *companion, pid_t target, int uffd,
 
 /** companion_observe() - mf_observe() of a process into `blocked`. @pid: 0 is the target, -1 all
  * processes that map the session's memory, are younger than the target, and were not named yet.
+ * @woken: as there.
  * Return: how many events may be read now, at least 0, or -errno (-EBUSY: not yet, some have not
  * got to a CPU for long). */
-int companion_observe(struct companion *companion, pid_t pid);
+int companion_observe(struct companion *companion, pid_t pid, bool woken);
 
 /** companion_settle() - mf_observe_settle() of what companion_observe() saw. */
 int companion_settle(struct companion *companion, pid_t pid, struct mf_change *change);

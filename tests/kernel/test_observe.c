@@ -3,9 +3,13 @@
  * rests on. */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <liburing.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +33,7 @@
  * ourselves. */
 struct scene {
     int uffd, proc_fd;
+    bool woken;
     char *memory;
     size_t length_bytes;
     struct mf_blocked blocked[WAITERS_MAX];
@@ -66,7 +71,8 @@ static void scene_end(struct scene *scene)
 
 static void look(struct scene *scene)
 {
-    assert_int_equal(mf_observe(scene->proc_fd, scene->blocked, WAITERS_MAX, &scene->seen), 0);
+    assert_int_equal(
+        mf_observe(scene->proc_fd, scene->woken, scene->blocked, WAITERS_MAX, &scene->seen), 0);
     assert_true(scene->seen.complete);
 }
 
@@ -381,6 +387,91 @@ static void whose_message_was_read_goes_on_at_once(void **state)
     assert_true(told >= 50);
 }
 
+/* Of all privileges without the one that reads stacks (proc_pid_stack(5)), like the companion. */
+static void drop_sys_admin(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2];
+    assert_int_equal(syscall(SYS_capget, &header, data), 0);
+    data[0].effective &= ~(1u << CAP_SYS_ADMIN);
+    assert_int_equal(syscall(SYS_capset, &header, data), 0);
+}
+
+static bool run_on(unsigned cpu)
+{
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    return sched_setaffinity(0, sizeof(one), &one) == 0;
+}
+
+/** struct hog - keeps all others from a processor for a while. */
+struct hog {
+    unsigned cpu;
+    uint64_t for_ns;
+    _Atomic int begun; /**< 1, or -1: not permitted */
+};
+
+static void *hold_cpu(void *arg)
+{
+    struct hog *hog = arg;
+    const struct sched_param param = {.sched_priority = 10};
+    const bool may = run_on(hog->cpu) && sched_setscheduler(0, SCHED_FIFO, &param) == 0;
+    const uint64_t start_ns = mf_now_ns();
+    atomic_store(&hog->begun, may ? 1 : -1);
+    while (may && mf_now_ns() - start_ns < hog->for_ns)
+        ;
+    return NULL;
+}
+
+static void who_was_woken_and_gets_to_no_processor_is_waited_for(void **state)
+{
+    (void)state;
+    struct scene scene;
+    struct caller callers[3];
+    struct hog hog = {.cpu = 1, .for_ns = 200000000};
+    pthread_t thread;
+    if (sysconf(_SC_NPROCESSORS_ONLN) < 2 || !run_on(0))
+        lacking("two processors");
+    scene_make(&scene, 8, 0);
+    drop_sys_admin();
+    for (size_t i = 0; i < 3; i++)
+        callers[i] = (struct caller){
+            .number = SYS_madvise,
+            .args = {(long)scene.memory + (long)(i * PAGE), (long)PAGE, MADV_DONTNEED}};
+    start(&callers[0]);
+    look_for(&scene, 1);
+    /* The second waits on the other processor, of which it is kept when it is woken. */
+    assert_true(run_on(hog.cpu));
+    start(&callers[1]);
+    assert_true(run_on(0));
+    look_for(&scene, 2);
+    assert_int_equal(pthread_create(&thread, NULL, hold_cpu, &hog), 0);
+    while (!atomic_load(&hog.begun))
+        usleep(100);
+    if (atomic_load(&hog.begun) < 0)
+        lacking("real-time priority");
+    next_message(scene.uffd);
+    scene.woken = poll(&(struct pollfd){.fd = scene.uffd, .events = POLLIN}, 1, 0) > 0;
+    assert_true(scene.woken);
+    pthread_join(callers[0].thread, NULL);
+    start(&callers[2]);
+    usleep(20000); /* it sleeps by now, and is all that is to be seen */
+    look(&scene);
+    assert_int_equal(scene.seen.readable, 2);
+    for (size_t i = 1; i < 3; i++) {
+        struct mf_change change;
+        struct uffd_msg message = next_message(scene.uffd);
+        assert_int_equal(mf_change_from_event(&message, scene.blocked, scene.seen.count, &change),
+                         1);
+        expect(&change, MF_CHANGE_REMOVE, MF_REASON_DONTNEED, scene.memory + i * PAGE, PAGE,
+               &callers[i]);
+        pthread_join(callers[i].thread, NULL);
+    }
+    pthread_join(thread, NULL);
+    scene_end(&scene);
+}
+
 static void *touch(void *at)
 {
     *(volatile char *)at = 1;
@@ -500,6 +591,7 @@ int main(int argc, char **argv)
         FACT(an_advice_by_io_uring_is_not_told_by_its_worker),
         FACT(events_are_read_in_the_order_in_which_they_came),
         FACT(whose_message_was_read_goes_on_at_once),
+        FACT(who_was_woken_and_gets_to_no_processor_is_waited_for),
         FACT(who_waits_for_a_page_is_no_candidate),
         FACT(a_pending_event_shows_without_being_read),
         FACT_NEEDS(a_fork_is_told_before_the_child_exists, UFFD_FEATURE_EVENT_FORK),

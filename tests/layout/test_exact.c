@@ -136,7 +136,8 @@ static pid_t process_of(uint32_t context)
 static unsigned observe(void *arg, uint32_t context)
 {
     (void)arg;
-    int r = companion_observe(&companion, process_of(context));
+    int r = companion_observe(&companion, process_of(context),
+                              mf_context_at(&contexts, context)->woken);
     if (r == -EBUSY || r == -ETIMEDOUT)
         return MF_EVENTS_BUSY;
     return r >= 0 ? (unsigned)r : 1;

@@ -66,7 +66,8 @@ int changes_maps(struct mover *mover, uint32_t context, pid_t tid, uint64_t addr
 
 unsigned changes_observe(struct mover *mover, uint32_t context)
 {
-    int r = companion_observe(&mover->companion, process_of(mover, context));
+    int r = companion_observe(&mover->companion, process_of(mover, context),
+                              mf_context_at(&mover->contexts, context)->woken);
     if (r == -EBUSY || r == -ETIMEDOUT)
         return MF_EVENTS_BUSY;
     return r >= 0 ? (unsigned)r : 1;
