@@ -64,6 +64,22 @@ static bool same(const struct mf_vma *a, const struct mf_vma *b)
            a->shared == b->shared;
 }
 
+/* What was registered may have been none of ours, which must not stay registered. Of the rest of
+ * the range nothing is touched: if ours has come to lie there meanwhile it brought its registration
+ * along, and its event is unread. Only shared memory can be registered as ours is. */
+static void unregister_others(const struct mf_events *events, const struct mf_context *from,
+                              uint64_t start, uint64_t end)
+{
+    struct mf_vma vma;
+    for (uint64_t at = start; mf_vma_find(from->maps_fd, at, &vma) == 0 && vma.start_addr < end;
+         at = vma.end_addr) {
+        const uint64_t first = vma.start_addr > start ? vma.start_addr : start;
+        const uint64_t last = vma.end_addr < end ? vma.end_addr : end;
+        if (vma.shared && mf_events_region(events, &vma) < 0)
+            mf_uffd_unregister(from->uffd, first, last - first);
+    }
+}
+
 /* The mapping at @addr or the next behind it. Return: 1 with where it ends, 0 if there is none
  * below @end, or -errno. The gate is closed. */
 static int learn_one(struct mf_events *events, uint32_t context, uint64_t addr, uint64_t end,
@@ -110,11 +126,12 @@ static int learn_one(struct mf_events *events, uint32_t context, uint64_t addr, 
             wake_dropped(events, dropped, mf_layout_learn(events->layout, &mapping, dropped));
             return 1;
         }
-        /* What is there now may be none of ours; then it must not stay registered. */
-        if (r == 0 && mf_events_region(events, &again) < 0)
-            mf_uffd_unregister(from->uffd, vma.start_addr, vma_bytes);
+        if (r == 0 && mf_events_region(events, &again) < 0) {
+            unregister_others(events, from, vma.start_addr, vma.end_addr);
+            looked = mf_vma_find(from->maps_fd, addr, &again);
+        }
         vma = again;
-        r = 0;
+        r = looked;
     }
     return r == -ENOENT ? 0 : r < 0 ? r : -EAGAIN;
 }
