@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * memferryd's internal header, in sections per source file. Everything runs on the event-loop
- * thread.
+ * thread, but for what work.h has done by others.
  */
 #pragma once
 

@@ -12,6 +12,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include "daemon/memferryd/work.h"
 #include "lib/log.h"
 #include "lib/util.h"
 
@@ -228,9 +229,10 @@ int main(int argc, char **argv)
 
     sessions_drop(&daemon);
     connectors_drop(&daemon);
-    lingers_drop();
     listener_close(daemon.listener);
     control_close(daemon.control);
+    works_finish();
+    lingers_drop();
     event_free(terminate);
     event_free(interrupt);
     event_free(daemon.stop_timer);

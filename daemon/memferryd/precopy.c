@@ -13,9 +13,9 @@
 #include <string.h>
 
 #include "lib/log.h"
-#include "lib/smaps.h"
 
-static int track(struct session *session, const struct vmm_info *info, struct mf_error *err)
+static int refuse_direct_io(const struct session *session, const struct vmm_info *info,
+                            struct mf_error *err)
 {
     if (info->direct_io[0] && session_vmm_ops(session) == &vmm_process)
         return mf_fail(err, ENOTSUP,
@@ -27,38 +27,45 @@ static int track(struct session *session, const struct vmm_info *info, struct mf
                        "its drive %s bypasses the page cache (cache.direct=on), and what such a "
                        "drive reads into memory is not seen as written",
                        info->direct_io);
-    return target_track(session, err);
+    return 0;
 }
 
-/* Memory that is tracked is nobody else's: registering it would have failed. Of other memory smaps
- * has to tell, which takes as long as looking at every page. */
-static int refuse_served(const struct session *session, struct mf_error *err)
-{
-    return mf_refuse_served(session->pid, session->region, session->region_count, err);
-}
-
-int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err)
+/* @why: it can't be. Memory that is tracked is nobody else's: registering it would have failed. Of
+ * other memory smaps has to tell. */
+static void on_tracked(struct session *session, const struct mf_error *why)
 {
     struct mf_rounds *rounds = &session->rounds;
-    struct mf_error why;
-    if (session->role != MF_SOURCE)
-        return 0;
-    if (rounds->mode == MF_POSTCOPY)
-        return refuse_served(session, err);
-    if (track(session, info, &why) == 0)
-        return 0;
+    struct mf_error err;
+    if (!why) {
+        session_prepared(session, NULL);
+        return;
+    }
     target_stop_watching(session);
-    if (rounds->mode == MF_PRECOPY && !rounds->fallback)
-        return mf_fail(err, why.code,
-                       "%s can't be migrated in mode precopy, for the guest's writes can't be "
-                       "followed: %s; use --mode postcopy, or --fallback",
-                       session->name, why.text);
+    if (rounds->mode == MF_PRECOPY && !rounds->fallback) {
+        mf_fail(&err, why->code,
+                "%s can't be migrated in mode precopy, for the guest's writes can't be "
+                "followed: %s; use --mode postcopy, or --fallback",
+                session->name, why->text);
+        session_prepared(session, &err);
+        return;
+    }
     snprintf(session->mode_note, sizeof(session->mode_note),
              "memory goes by postcopy alone, for the guest's writes can't be followed: %s",
-             why.text);
+             why->text);
     mf_log(MF_LOG_NOTICE, "%s: %s", session->name, session->mode_note);
     rounds->mode = MF_POSTCOPY;
-    return refuse_served(session, err);
+    target_refuse_served(session, session_prepared);
+}
+
+void precopy_setup(struct session *session, const struct vmm_info *info)
+{
+    struct mf_error why;
+    if (session->rounds.mode == MF_POSTCOPY)
+        target_refuse_served(session, session_prepared);
+    else if (refuse_direct_io(session, info, &why) < 0)
+        on_tracked(session, &why);
+    else
+        target_track(session, on_tracked);
 }
 
 static void on_switch_time(evutil_socket_t fd, short what, void *arg)

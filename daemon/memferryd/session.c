@@ -310,8 +310,19 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
     s->guest_was_running = info->was_running;
     s->state_s = info->state_s;
     snprintf(s->memory_note, sizeof(s->memory_note), "%s", info->set_aside);
-    if (target_find(s, info, &err) < 0 || precopy_setup(s, info, &err) < 0) {
+    if (target_find(s, info, &err) < 0)
         session_reject(s, "%s", err.text);
+    else if (s->role == MF_DESTINATION)
+        target_arm(s, session_prepared);
+    else
+        precopy_setup(s, info);
+}
+
+void session_prepared(struct session *s, const struct mf_error *why)
+{
+    struct mf_error err;
+    if (why) {
+        session_reject(s, "%s", why->text);
         return;
     }
     uint64_t pages[MF_REGIONS_MAX];
@@ -325,6 +336,8 @@ static void on_probed(void *arg, const struct vmm_info *info, const char *why)
     if (mf_session_file_create(s->file_fd, pages, s->region_count, &err) < 0 ||
         mf_session_file_map(s->file_fd, &s->view, &err) < 0 || mover_start(s, &err) < 0)
         session_reject(s, "%s", err.text);
+    else if (session_vmm_ops(s)->move_on)
+        session_vmm_ops(s)->move_on(s->vmm);
 }
 
 static void open_vmm(struct session *s, const struct vmm_target *named)

@@ -3,7 +3,8 @@
  * A session's inside, for the files that make it work:
  *   session.c       the list of sessions, what the control socket asks, what users see
  *   step.c          the state machine's events in, its actions out
- *   target.c        the target process: discovery, arming, letting go
+ *   target.c        the target process: discovery, its end
+ *   arm.c           what is done to it, in threads (work.h): arming, watching, letting go
  *   supervisor.c    the mover process and its messages
  *   connector.c     source: connections to the peer
  *   listener.c      destination: connections from the peer
@@ -27,6 +28,7 @@
 #include "lib/util.h"
 
 struct mover_process;
+struct target_job;
 struct connector;
 struct listener;
 
@@ -87,6 +89,7 @@ struct session {
     int remote_uffd;            /**< its number inside the target (I2), -1: none */
     struct keeper children;     /**< destination: of the target's, between two movers */
     bool dontneed_discards;     /**< as in MF_IPC_SETUP */
+    struct target_job *job;     /**< arm.c, NULL: none is under way */
 
     /* The mover and the session file. */
     int file_fd;
@@ -133,6 +136,8 @@ void session_changed(struct session *session);
 /** session_set_reason() - keep the sentence that explains the state. */
 void session_set_reason(struct session *session, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
+/** session_prepared() - the target is armed, watched or looked at; @why: it can't be. */
+void session_prepared(struct session *session, const struct mf_error *why);
 /** session_started() - preflight and arming succeeded: whoever waits is told. */
 void session_started(struct session *session);
 /** session_reject() - preflight or arming failed with `reason`: whoever waits is told, the session
@@ -172,8 +177,8 @@ void session_send(struct session *session, uint32_t phase);
 /* ---- precopy.c ---- */
 
 /** precopy_setup() - source, after target_find: begin to track, or change the mode and say so.
- *  Return: 0 or -errno: the mode that was asked for can't be had. */
-int precopy_setup(struct session *session, const struct vmm_info *info, struct mf_error *err);
+ * session_prepared() follows, with the reason if the mode that was asked for can't be had. */
+void precopy_setup(struct session *session, const struct vmm_info *info);
 /** precopy_send_settings() - give the mover what an operator has set: a new one knows nothing of
  * it. */
 void precopy_send_settings(struct session *session);
@@ -200,28 +205,42 @@ void precopy_counted(struct session *session, uint64_t dirty_pages);
 /** target_refuse_taken() - two sessions of one process would run it on two hosts (I6). Return: 0 or
  * -EBUSY with a sentence that names the other. */
 int target_refuse_taken(const struct session *session, struct mf_error *err);
-/** target_find() - from what the VMM said to regions and, at the destination, an armed userfaultfd.
- *  Return: 0 or -errno with the sentence of the refusal. */
+/** target_find() - from what the VMM said to regions. Return: 0 or -errno with the sentence of the
+ * refusal. */
 int target_find(struct session *session, const struct vmm_info *info, struct mf_error *err);
 /** target_memory_gone() - has the memory that the session began with gone, by execve(2) or the
  * process's end? */
 bool target_memory_gone(const struct session *session);
-/** target_track() - source: watch the target's memory for writes. Return: 0 or -errno with the
- * reason. */
-int target_track(struct session *session, struct mf_error *err);
-/** target_mappings() - the target's present mappings of the regions, in an array to be freed.
- * Return: how many, or -errno. */
-int target_mappings(const struct session *session, struct mf_mapping **out, struct mf_error *err);
 /** target_mind_events() - source: read what the target's userfaultfd says, since there is no mover
  * that does (@mind), or stop doing so. The target waits for it in its system call. */
 void target_mind_events(struct session *session, bool mind);
 /** target_room() - can the destination take @needed_bytes more? Return: 0 or -ENOSPC with a
  * sentence. */
 int target_room(struct session *session, uint64_t needed_bytes, struct mf_error *err);
-/** target_stop_watching() - close the userfaultfd inside the target and here, and the pagemap. */
-void target_stop_watching(struct session *session);
 /** target_let_go() - close the userfaultfd inside the target and here, and the RAM files. */
 void target_let_go(struct session *session);
+
+/* ---- arm.c: a session has one of these under way at most ---- */
+
+/** target_then - what follows, called once from the event loop, if the session has not ended by
+ * then. @why: what went wrong, else NULL. Where nothing can be begun it is called at once. */
+typedef void (*target_then)(struct session *session, const struct mf_error *why);
+
+/** target_arm() - destination: make its userfaultfd and register all of its memory (I3). */
+void target_arm(struct session *session, target_then then);
+/** target_track() - source: watch the target's memory for writes. */
+void target_track(struct session *session, target_then then);
+/** target_refuse_served() - source: mf_refuse_served(), which takes as long as looking at every
+ * page. */
+void target_refuse_served(struct session *session, target_then then);
+/** target_job_abandon() - the session ends: what is under way is undone when it is done. */
+void target_job_abandon(struct session *session);
+/** target_mappings() - the target's present mappings of the regions, in an array to be freed.
+ * Return: how many, or -errno. */
+int target_mappings(const struct session *session, struct mf_mapping **out, struct mf_error *err);
+/** target_stop_watching() - close the userfaultfd here and, a moment later, inside the target; and
+ * the pagemap. */
+void target_stop_watching(struct session *session);
 
 /* ---- linger.c ---- */
 

@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include "lib/log.h"
-#include "lib/smaps.h"
 #include "lib/util.h"
 #include "peer.pb-c.h"
 
@@ -62,18 +61,9 @@ static void close_device_peer(struct session *session)
 }
 
 /* Hand the VMM one end of a socket pair and the mover the other. */
-static void start_vmm(struct session *session)
+static void hand_over_device(struct session *session)
 {
     int pair[2];
-    struct mf_error err;
-    /* A program may have come to serve faults of its own since it was looked at; not while it is
-     * paused, since smaps takes its time. */
-    if (session->role == MF_SOURCE && session_vmm_ops(session) == &vmm_process &&
-        mf_refuse_served(session->pid, session->region, session->region_count, &err) < 0) {
-        session_set_reason(session, "%s", err.text);
-        session_event(session, MF_EV_VMM_FAILED);
-        return;
-    }
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) {
         session_set_reason(session, "cannot make a socket for the device state of %s: %s",
                            session->name, strerror(errno));
@@ -94,6 +84,28 @@ static void start_vmm(struct session *session)
     } else {
         close(pair[1]);
     }
+}
+
+static void on_looked(struct session *session, const struct mf_error *why)
+{
+    if (session->state != MF_S_PAUSING)
+        return; /* it is being returned */
+    if (!why) {
+        hand_over_device(session);
+        return;
+    }
+    session_set_reason(session, "%s", why->text);
+    session_event(session, MF_EV_VMM_FAILED);
+}
+
+/* A program may have come to serve faults of its own since it was looked at; not while it is
+ * paused, since smaps takes its time. */
+static void start_vmm(struct session *session)
+{
+    if (session->role == MF_SOURCE && session_vmm_ops(session) == &vmm_process)
+        target_refuse_served(session, on_looked);
+    else
+        hand_over_device(session);
 }
 
 static void reconnect_now(evutil_socket_t fd, short what, void *arg)

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The target process: from what its VMM says to regions, and at the destination to an armed
- * userfaultfd.
+ * The target process: from what its VMM says to regions. What is then done to it is in arm.c.
  *
- * Order at the destination (I3): register every mapping here, then the first mover empties the
+ * Order at the destination (I3): register every mapping there, then the first mover empties the
  * files (its setup.c), and only then does the session wait for a source.
  */
 #include "daemon/memferryd/session.h"
@@ -18,13 +17,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "lib/inject.h"
 #include "lib/layout_file.h"
 #include "lib/log.h"
 #include "lib/pagemap.h"
-#include "lib/uffd.h"
 #include "lib/util.h"
-#include "lib/withdraw.h"
 
 static void on_target_exit(evutil_socket_t fd, short what, void *arg)
 {
@@ -186,159 +182,6 @@ static int refuse_unseen_writers(struct session *session, struct mf_error *err)
     return 0;
 }
 
-int target_mappings(const struct session *session, struct mf_mapping **out, struct mf_error *err)
-{
-    cleanup_free struct mf_vma *vmas = NULL;
-    size_t count = 0;
-    int r = mf_target_vmas(session->pid, &vmas, &count, err);
-    if (r < 0)
-        return r;
-    return mf_target_mappings(vmas, count, session->region, session->region_count, out, err);
-}
-
-/* Those that a session begins with: all are handed to the mover. */
-static int first_mappings(const struct session *session, struct mf_mapping **out,
-                          struct mf_error *err)
-{
-    int count = target_mappings(session, out, err);
-    if (count == 0)
-        return mf_fail(err, ENOENT, "the %s of %s does not map its memory", session_noun(session),
-                       session->name);
-    if (count > MF_MAPPINGS_MAX)
-        return mf_fail(
-            err, E2BIG,
-            "the %s of %s maps its memory in %d pieces, which is more than the %d that a "
-            "migration can begin with",
-            session_noun(session), session->name, count, MF_MAPPINGS_MAX);
-    return count;
-}
-
-/* Private memory can't be emptied from outside: the target is made to give up what it holds there,
- * then watched; and what it has touched in between is in use. */
-static int arm_private(struct session *session, const struct mf_mapping *mapping,
-                       struct mf_error *err)
-{
-    const struct mf_region_source *region = &session->region[mapping->region];
-    const uint64_t page_bytes = region->page_bytes, chunk_bytes = 512 * page_bytes;
-    uint8_t held[512];
-    /* First to see whether somebody else watches it: who discards under their eyes destroys what
-     * they serve, and nobody else could give it up for them. */
-    int r =
-        mf_uffd_register_private(session->uffd, mapping->start_addr, mapping->length_bytes, err);
-    if (r == 0)
-        mf_uffd_unregister(session->uffd, mapping->start_addr, mapping->length_bytes);
-    if (r == 0)
-        r = mf_inject_discard(session->pid, session->pidfd, mapping->start_addr,
-                              mapping->length_bytes, err);
-    if (r == 0)
-        r = mf_uffd_register_private(session->uffd, mapping->start_addr, mapping->length_bytes,
-                                     err);
-    cleanup_close int pagemap = r == 0 ? mf_pagemap_open((int)session->pid, err) : -1;
-    if (r == 0 && pagemap < 0)
-        r = pagemap;
-    for (uint64_t at = 0; r == 0 && at < mapping->length_bytes; at += chunk_bytes) {
-        uint64_t left = mapping->length_bytes - at;
-        uint64_t length_bytes = left < chunk_bytes ? left : chunk_bytes;
-        r = mf_pagemap_populated(pagemap, mapping->start_addr + at, length_bytes, page_bytes, held);
-        if (r < 0)
-            r = mf_fail(err, -r, "cannot look at the memory '%s' of %s: %s", region->name,
-                        session->name, strerror(-r));
-        else if (memchr(held, MF_PAGEMAP_PRESENT, length_bytes / page_bytes))
-            r = mf_fail(err, EBUSY,
-                        "the process of %s uses its memory '%s' while it should wait for it: have "
-                        "it leave that alone until its state is loaded",
-                        session->name, region->name);
-    }
-    return r;
-}
-
-static int arm(struct session *session, struct mf_error *err)
-{
-    cleanup_free struct mf_mapping *mappings = NULL;
-    int count = first_mappings(session, &mappings, err);
-    if (count < 0)
-        return count;
-    session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
-    if (session->uffd < 0)
-        return session->uffd;
-    /* A child that the target forks shares its memory, and waits for it in the same way. */
-    uint64_t features = MF_UFFD_FEATURES | UFFD_FEATURE_EVENT_FORK, enabled = 0;
-    for (unsigned i = 0; i < session->region_count; i++)
-        if (session->region[i].kind == MF_MEMORY_HUGETLB)
-            features |= UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
-    int r = mf_uffd_api(session->uffd, features, MF_UFFD_FEATURES_WANTED, &enabled, err);
-    for (int i = 0; r == 0 && i < count; i++)
-        r = session->region[mappings[i].region].kind == MF_MEMORY_PRIVATE
-                ? arm_private(session, &mappings[i], err)
-                : mf_uffd_register(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
-                                   err);
-    return r;
-}
-
-/* The target stands still, or keeps its memory where it is. @first: a mapping that is watched. */
-static int watch_writes(struct session *session, struct mf_mapping *first, struct mf_error *err)
-{
-    cleanup_free struct mf_mapping *mappings = NULL;
-    int count = first_mappings(session, &mappings, err);
-    if (count < 0)
-        return count;
-    for (int i = 0; i < count; i++) {
-        int r = mf_uffd_register_wp(session->uffd, mappings[i].start_addr, mappings[i].length_bytes,
-                                    err);
-        if (r < 0)
-            return r;
-    }
-    *first = mappings[0];
-    return 0;
-}
-
-/*
- * At the source nobody needs the descriptor inside the target (I2 is about the destination), and
- * nobody may: a target that changes its layout waits until somebody reads the event. When memferryd
- * and the mover are gone, so must be the last reference, which frees whoever waits.
- */
-static void close_remote(struct session *session)
-{
-    struct mf_error err;
-    if (session->remote_uffd < 0 || session->target_exited)
-        return;
-    if (mf_withdraw(session->pid, session->uffd, session->remote_uffd, &err) < 0)
-        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
-               session_noun(session), err.text);
-    else
-        session->remote_uffd = -1;
-}
-
-int target_track(struct session *session, struct mf_error *err)
-{
-    session->pagemap_fd = mf_pagemap_open((int)session->pid, err);
-    if (session->pagemap_fd < 0)
-        return session->pagemap_fd;
-    session->uffd = mf_inject_userfaultfd(session->pid, session->pidfd, &session->remote_uffd, err);
-    if (session->uffd < 0)
-        return session->uffd;
-    uint64_t enabled = 0;
-    struct mf_mapping first = {0};
-    int r = mf_uffd_api(session->uffd, MF_UFFD_FEATURES_WP_EVENTS, 0, &enabled, err);
-    /* While nothing is registered nobody waits for events, and the target can still be stopped. */
-    if (r == 0)
-        close_remote(session);
-    if (r == 0)
-        r = watch_writes(session, &first, err);
-    if (r < 0)
-        return r;
-    /* Is PAGEMAP_SCAN there, and does it see that the memory is watched? */
-    uint8_t written = 0;
-    const uint64_t page_bytes = session->region[first.region].page_bytes;
-    r = mf_pagemap_scan(session->pagemap_fd, first.start_addr, page_bytes, page_bytes, &written);
-    if (r < 0)
-        return mf_fail(err, -r,
-                       "this kernel can't say which pages were written (PAGEMAP_SCAN, Linux 6.7): "
-                       "%s",
-                       strerror(-r));
-    return 0;
-}
-
 /* The mover reads events; here they are only taken out of the way. What a child that was forked
  * does is not followed. */
 static void on_unread_events(evutil_socket_t fd, short what, void *arg)
@@ -397,8 +240,6 @@ int target_find(struct session *session, const struct vmm_info *info, struct mf_
         r = find_regions(session, info, vmas, vma_count, err);
     if (r == 0)
         r = refuse_unseen_writers(session, err);
-    if (r == 0 && session->role == MF_DESTINATION)
-        r = arm(session, err);
     if (r == 0 && session->role == MF_DESTINATION && has_private(session)) {
         uint64_t pages[MF_REGIONS_MAX];
         for (unsigned i = 0; i < session->region_count; i++)
@@ -440,85 +281,9 @@ int target_room(struct session *session, uint64_t needed_bytes, struct mf_error 
                    (unsigned long long)(room >> 20));
 }
 
-/* Private memory may have been moved anywhere, and nothing but its registration tells where. All
- * that could be registered is unregistered, since a child may hold the descriptor open beyond us.
- */
-static void stop_watching_private(const struct session *session)
-{
-    cleanup_free struct mf_vma *vmas = NULL;
-    size_t count = 0;
-    struct mf_error err;
-    if (session->role != MF_DESTINATION || !has_private(session) || session->target_exited ||
-        mf_target_vmas(session->pid, &vmas, &count, &err) < 0)
-        return;
-    for (size_t i = 0; i < count; i++)
-        if (mf_vma_is_private(&vmas[i]))
-            mf_uffd_unregister(session->uffd, vmas[i].start_addr,
-                               vmas[i].end_addr - vmas[i].start_addr);
-}
-
-static bool same_mapping(const struct mf_mapping *a, const struct mf_mapping *b)
-{
-    return a->start_addr == b->start_addr && a->length_bytes == b->length_bytes &&
-           a->offset_bytes == b->offset_bytes && a->region == b->region;
-}
-
-/* A process at work may move a mapping between the look at it and the call, which then leaves a
- * part of it registered and so cuts it in two: until nothing has moved. */
-#define UNREGISTER_TRIES 10u
-
-static void unregister(struct session *session)
-{
-    cleanup_free struct mf_mapping *mappings = NULL;
-    struct mf_error err;
-    int count = target_mappings(session, &mappings, &err);
-    for (unsigned tries = 0; count > 0 && tries < UNREGISTER_TRIES; tries++) {
-        struct mf_mapping *after = NULL;
-        for (int i = 0; i < count; i++)
-            mf_uffd_unregister(session->uffd, mappings[i].start_addr, mappings[i].length_bytes);
-        int now = target_mappings(session, &after, &err);
-        bool same = now == count;
-        for (int i = 0; same && i < count; i++)
-            same = same_mapping(&mappings[i], &after[i]);
-        free(mappings);
-        mappings = after;
-        if (same)
-            return;
-        count = now;
-    }
-}
-
-void target_stop_watching(struct session *session)
-{
-    struct mf_error err;
-    if (session->events_event)
-        event_free(session->events_event);
-    session->events_event = NULL;
-    /* A mover that is leaving holds the userfaultfd a moment longer, so it is unregistered by hand;
-     * closing the last descriptor would do it too. Either lets all waiters go on. */
-    if (session->uffd >= 0) {
-        if (!session->target_exited)
-            unregister(session);
-        stop_watching_private(session);
-        if (session->remote_uffd >= 0 && !session->target_exited)
-            linger(session->daemon, session->uffd);
-        else
-            close(session->uffd);
-    }
-    session->uffd = -1;
-    if (session->remote_uffd >= 0 && !session->target_exited &&
-        mf_inject_close(session->pid, session->remote_uffd, &err) < 0)
-        mf_log(MF_LOG_WARNING, "%s: the userfaultfd stays open in the %s: %s", session->name,
-               session_noun(session), err.text);
-    session->remote_uffd = -1;
-    keeper_drop(&session->children);
-    if (session->pagemap_fd >= 0)
-        close(session->pagemap_fd);
-    session->pagemap_fd = -1;
-}
-
 void target_let_go(struct session *session)
 {
+    target_job_abandon(session);
     if (session->pidfd_event)
         event_free(session->pidfd_event);
     session->pidfd_event = NULL;

@@ -7,10 +7,11 @@
  * callback from the event loop. Callbacks never run inside the call that caused them. All functions
  * run on the event-loop thread. A callback may call any function of the table, vmm_close included.
  *
- * Order of use, source:      open → probed → start_outgoing → VMM_PAUSED → finish_outgoing →
- *                            VMM_COMPLETED → released → (RELEASE) → quit → VMM_GONE → close.
- * Order of use, destination: open → probed → start_incoming → VMM_INCOMING → VMM_LOADED →
- *                            (RELEASE) → resume → VMM_RUNNING → close.
+ * Order of use, source:      open → probed → move_on → start_outgoing → VMM_PAUSED →
+ *                            finish_outgoing → VMM_COMPLETED → released → (RELEASE) → quit →
+ *                            VMM_GONE → close.
+ * Order of use, destination: open → probed → move_on → start_incoming → VMM_INCOMING →
+ *                            VMM_LOADED → (RELEASE) → resume → VMM_RUNNING → close.
  * Before VMM_COMPLETED's RELEASE, return_guest undoes everything on the source → VMM_RETURNED.
  */
 #pragma once
@@ -61,8 +62,8 @@ struct vmm_target {
     unsigned timeout_s; /**< how long a command may take */
     const struct mf_choice *choices;
     unsigned choice_count;
-    /** The layout is to be what `probed` finds until that returns, for memory will be watched by
-     * it: a process may have to stand still for that moment. */
+    /** The layout is to be what `probed` finds until move_on, for memory will be watched by it: a
+     * process may have to stand still for that moment. */
     bool stand_still;
 };
 
@@ -112,6 +113,9 @@ struct vmm_ops {
     int (*open)(struct event_base *base, const char *vm_name, const struct vmm_target *target,
                 enum vmm_role role, const struct vmm_callbacks *callbacks, struct vmm **out,
                 struct mf_error *err);
+
+    /** move_on() - after `probed`: the layout may change again. NULL: it always may. */
+    void (*move_on)(struct vmm *vmm);
 
     /** start_outgoing() - configure and start the migration of device state into @device_fd (a
      *  connected AF_UNIX stream socket, duplicated to the VMM; the caller keeps its own and may

@@ -6,6 +6,7 @@ import sys
 import test_daemon  # noqa: F401 (importing a module registers its tests)
 import test_faults  # noqa: F401
 import test_kernels  # noqa: F401
+import test_loop  # noqa: F401
 import test_memory  # noqa: F401
 import test_migrate  # noqa: F401
 import test_monitor  # noqa: F401

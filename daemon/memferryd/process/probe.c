@@ -91,13 +91,17 @@ void process_end_standing_still(struct vmm *vmm, struct guard *guard)
     guard_dismiss(guard);
 }
 
-/* Answers the open, and lets the process go again, whatever became of the session. */
 void process_answer_probe(struct vmm *vmm, const struct mf_error *why)
 {
+    if (!why) {
+        vmm->phase = PROCESS_ARMING;
+        vmm->callbacks.probed(vmm->callbacks.arg, &vmm->info, NULL);
+        return;
+    }
     struct guard *guard = vmm->guard;
     vmm->guard = NULL;
-    vmm->phase = why ? PROCESS_FAILED : PROCESS_READY;
-    vmm->callbacks.probed(vmm->callbacks.arg, why ? NULL : &vmm->info, why ? why->text : NULL);
+    vmm->phase = PROCESS_FAILED;
+    vmm->callbacks.probed(vmm->callbacks.arg, NULL, why->text);
     process_end_standing_still(vmm, guard);
 }
 

@@ -399,6 +399,13 @@ static int process_open(struct event_base *base, const char *vm_name,
     return 0;
 }
 
+static void process_move_on(struct vmm *vmm)
+{
+    vmm->phase = PROCESS_READY;
+    process_end_standing_still(vmm, vmm->guard);
+    vmm->guard = NULL;
+}
+
 static void start(struct vmm *vmm, int device_fd, enum process_phase phase)
 {
     close_device(vmm);
@@ -479,6 +486,7 @@ const struct vmm_ops vmm_process = {
     .name = "process",
     .noun = "process",
     .open = process_open,
+    .move_on = process_move_on,
     .start_outgoing = process_start_outgoing,
     .finish_outgoing = process_finish_outgoing,
     .return_guest = process_return_guest,

@@ -25,7 +25,7 @@
 
 enum process_phase {
     PROCESS_PROBING,
-    PROCESS_ARMING, /* stopped for a moment, to be looked at and watched */
+    PROCESS_ARMING, /* stopped for a moment if need be, to be looked at and watched */
     PROCESS_READY,
     PROCESS_PAUSING, /* the pause command, or SIGSTOP, is under way */
     PROCESS_PAUSED,  /* told */
@@ -110,7 +110,7 @@ int process_command(struct vmm *vmm, const char *word, const char *text, int std
 void process_probe(struct vmm *vmm);
 /** process_probe_still() - it stands still. */
 void process_probe_still(struct vmm *vmm);
-/** process_answer_probe() - answer the open, @why: refused; and let the process go again. */
+/** process_answer_probe() - answer the open. @why: refused, and the process goes on. */
 void process_answer_probe(struct vmm *vmm, const struct mf_error *why);
 /** process_end_standing_still() - let it go, and its @guard. */
 void process_end_standing_still(struct vmm *vmm, struct guard *guard);
