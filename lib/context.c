@@ -28,8 +28,8 @@ int mf_contexts_add(struct mf_contexts *contexts, int uffd, int maps_fd, bool ch
             return -ENOMEM;
         contexts->count++;
     }
-    *place(contexts, index) =
-        (struct mf_context){.uffd = uffd, .maps_fd = maps_fd, .woken = true, .child = child};
+    *place(contexts, index) = (struct mf_context){
+        .uffd = uffd, .maps_fd = maps_fd, .info_fd = -1, .woken = true, .child = child};
     contexts->used++;
     return (int)index;
 }
@@ -42,8 +42,10 @@ void mf_contexts_drop(struct mf_contexts *contexts, uint32_t index)
     close(context->uffd);
     if (context->maps_fd >= 0)
         close(context->maps_fd);
+    if (context->info_fd >= 0)
+        close(context->info_fd);
     mf_zeros_free(context->zeros);
-    *context = (struct mf_context){.uffd = -1, .maps_fd = -1};
+    *context = (struct mf_context){.uffd = -1, .maps_fd = -1, .info_fd = -1};
     contexts->used--;
     while (contexts->count > 0 && place(contexts, contexts->count - 1)->uffd < 0)
         contexts->count--;

@@ -22,12 +22,15 @@
 struct mf_context {
     int uffd;    /**< -1: this place is free */
     int maps_fd; /**< its /proc/PID/maps, -1: not known */
+    int info_fd; /**< of mf_uffd_open_info(), -1: none; makes reading many faults cheaper */
     pid_t pid;   /**< for its owner: whose it is, 0: not known */
     /** For lib/events.c: since when its messages could not be read, for who sends an event is not
      * seen, or (busy) gets to no CPU; 0: they were read. */
     uint64_t unread_ns, busy_ns;
     /** Others waited when its last event was read, or that is not known (lib/observe.h). */
     bool woken;
+    bool more; /**< for lib/events.c: a fault was read, and since then there always was more to read
+                */
     bool child;             /**< came by a fork */
     bool unknown;           /**< for its owner: what private memory it maps is not known */
     bool leaving;           /**< for its owner: it is being dropped */

@@ -513,6 +513,23 @@ static void queue_fault(struct mf_events *events, uint32_t context, const struct
         let_fault_again(events, &fault);
 }
 
+enum may {
+    MAY_READ_NOTHING,
+    MAY_READ_FAULTS, /**< no event is pending */
+    MAY_READ_ALL,
+};
+
+/* So many messages are faults, but for one that may go away (see below). 0: it is not known.
+ * Counting takes longer than to ask twice for one, and so is done where they come faster than they
+ * are served. */
+static size_t count_faults(const struct mf_context *context)
+{
+    if (!context->more || context->info_fd < 0)
+        return 0;
+    const size_t faults = mf_uffd_faults_pending(context->info_fd);
+    return faults < 2 ? 0 : faults - 1 < MESSAGES_A_READ ? faults - 1 : MESSAGES_A_READ;
+}
+
 /*
  * May a message be read now, with @room for how many? If it matters who sent an event, not one is
  * read whose sender was not seen before.
@@ -521,33 +538,41 @@ static void queue_fault(struct mf_events *events, uint32_t context, const struct
  * fault; and read(2) hands out faults before events. So one message can be read, and is that one,
  * if it does not go away. While the gate is closed nobody else fills or wakes. But a thread that
  * faults while its page is being mapped is seen for an instant (handle_userfault() queues, and then
- * looks once more): so all is asked twice. What is left is a thread that is killed by a signal just
- * then, with an event at the same time: that one's sender is not seen.
+ * looks once more): so all is asked twice; or, where faults were counted, one less is read. What is
+ * left is a thread that is killed by a signal just then, with an event at the same time: that one's
+ * sender is not seen.
  *
  * If an event is pending: as many events as were seen to wait. None was seen: it is not queued yet,
  * or its thread has not gone on since it was read. Either takes some microseconds. So does what
  * those do who still wait when one message is read: all are woken and sleep again, and whoever is
  * awake just then can't be told from one who does not wait.
  */
-static bool may_read(struct mf_events *events, struct mf_context *context, uint32_t index,
-                     bool event, size_t *room)
+static enum may may_read(struct mf_events *events, struct mf_context *context, uint32_t index,
+                         bool event, size_t *room)
 {
     *room = MESSAGES_A_READ;
     if (!events->ops->observe)
-        return true;
+        return MAY_READ_ALL;
     *room = 1;
     bool busy = false;
     for (unsigned tries = 0; tries < OBSERVE_TRIES; tries++) {
         struct pollfd readable = {.fd = context->uffd, .events = POLLIN};
-        if (poll(&readable, 1, 0) <= 0)
-            return false;
+        if (poll(&readable, 1, 0) <= 0) {
+            context->more = false;
+            return MAY_READ_NOTHING;
+        }
         if (events->observed > 0)
-            return true;
+            return MAY_READ_ALL;
+        const size_t faults = count_faults(context);
         if (mf_uffd_event_pending(context->uffd) <= 0) {
+            if (faults > 0) {
+                *room = faults;
+                return MAY_READ_FAULTS;
+            }
             if (poll(&readable, 1, 0) <= 0)
-                return false;
+                return MAY_READ_NOTHING;
             if (mf_uffd_event_pending(context->uffd) <= 0)
-                return true;
+                return MAY_READ_FAULTS;
         }
         if (event || tries > 0)
             nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
@@ -558,7 +583,7 @@ static bool may_read(struct mf_events *events, struct mf_context *context, uint3
             break;
         }
         if (events->observed > 0)
-            return true;
+            return MAY_READ_ALL;
     }
     /* Later: there are others to be served. Not for ever: what is read then is from somebody
      * unknown. */
@@ -567,11 +592,11 @@ static bool may_read(struct mf_events *events, struct mf_context *context, uint3
         context->busy_ns = now_ns;
     const uint64_t since_ns = busy ? context->busy_ns : context->unread_ns;
     if (since_ns && now_ns - since_ns > (busy ? BUSY_NS : UNREAD_NS))
-        return true;
+        return MAY_READ_ALL;
     if (busy || !context->unread_ns)
         context->unread_ns = now_ns;
     events->unread = true;
-    return false;
+    return MAY_READ_NOTHING;
 }
 
 static void learn_tails(struct mf_events *events, uint32_t context)
@@ -605,7 +630,7 @@ static int read_all(struct mf_events *events, uint32_t context)
     size_t room;
     int event = 0;
     events->observed = 0;
-    while (may_read(events, from, context, event, &room)) {
+    for (enum may may; (may = may_read(events, from, context, event, &room));) {
         ssize_t n = read(from->uffd, messages, room * sizeof(messages[0]));
         from->unread_ns = from->busy_ns = 0;
         if (n < 0 && errno == EINTR)
@@ -625,8 +650,9 @@ static int read_all(struct mf_events *events, uint32_t context)
             apply_event(events, context, &messages[i]);
             event = 1;
         }
+        from->more = may == MAY_READ_FAULTS;
         /* Fewer than there was room for: the kernel stopped at its own EAGAIN. */
-        if ((size_t)n < room * sizeof(messages[0]))
+        if ((size_t)n < room * sizeof(messages[0]) || (from->more && events->at_once))
             return event;
     }
     return event;

@@ -2,8 +2,9 @@
 /*
  * What a userfaultfd says: messages read, events applied to the layout, faults handed on.
  *
- * Rules (I4): read until EAGAIN; apply events before serving the faults that were read with them.
- * What there is no room for is made to fault again, so nobody is ever left waiting.
+ * Rules (I4): read until EAGAIN (or, with `at_once`, until faults were read and no event is
+ * unread); apply events before serving the faults that were read with them. What there is no room
+ * for is made to fault again, so nobody is ever left waiting.
  *
  * One thread reads, and it is the one writer of the layout and the contexts; it closes the gate
  * (lib/gate.h) for as long as it reads. That costs a few dozen nanoseconds a resolving thread, and
@@ -130,6 +131,11 @@ struct mf_events {
     unsigned region_count;
     enum mf_events_watch watch;
 
+    /** mf_events_read() does not look for more once it has read faults and no event is unread:
+     * those who are served first can go on while others are. Its owner reads again until no fault
+     * comes.
+     */
+    bool at_once;
     /** How many events may still be read before `observe` is asked again. `removed` may set it to
      * 0.
      */
@@ -145,8 +151,8 @@ struct mf_events {
 };
 
 /**
- * mf_events_read() - read all that a context's userfaultfd has to say: events take effect now,
- * faults are queued for mf_events_serve().
+ * mf_events_read() - read all that a context's userfaultfd has to say (but see `at_once`): events
+ * take effect now, faults are queued for mf_events_serve().
  * Return: 1 if there was an event, 0 if there was none, -EMFILE or -ENFILE when a fork has to wait
  * because no descriptor is free for it (everything else of that userfaultfd waits as well: give
  * some back and read again), -ENOMEM likewise, or another -errno of read(2).

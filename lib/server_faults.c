@@ -248,4 +248,5 @@ void server_begin_events(struct memferry_server *s)
     s->events.region = s->region;
     s->events.contexts = &s->contexts;
     s->events.gate = &s->gate;
+    s->events.at_once = true;
 }

@@ -34,7 +34,10 @@ static int add_context(struct memferry_server *s, void *argument)
         return server_fail(-context, "no room for another context: %s", strerror(-context));
     s->own_contexts++;
     s->opened += made->opened;
-    mf_context_at(&s->contexts, (uint32_t)context)->pid = made->pid;
+    struct mf_context *at = mf_context_at(&s->contexts, (uint32_t)context);
+    at->pid = made->pid;
+    /* A child's has none: descriptors are what forks run out of. */
+    at->info_fd = mf_uffd_open_info(made->fd);
     int r = server_watch(s, (uint32_t)context, true);
     if (r < 0) {
         mf_gate_close(&s->gate);
@@ -89,16 +92,15 @@ int memferry_context_open(struct memferry_server *s)
     return r < 0 ? r : give_context(s, &fd, &maps_fd, getpid(), true);
 }
 
-/* What was asked for at somebody else's handshake: /proc/self/fdinfo/FD, "API:" (fs/userfaultfd.c).
+/* What was asked for at somebody else's handshake: "API:" (fs/userfaultfd.c).
  * Without these events a mapping that goes or moves would be filled where it no longer is. */
 static int check_features(int fd)
 {
     static const uint64_t needed =
         UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE;
-    char path[40], text[512] = "";
+    char text[512] = "";
     unsigned long long features;
-    snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
-    cleanup_close int info_fd = open(path, O_RDONLY | O_CLOEXEC);
+    cleanup_close int info_fd = mf_uffd_open_info(fd);
     ssize_t length = info_fd < 0 ? -1 : read(info_fd, text, sizeof(text) - 1);
     const char *at = length > 0 ? strstr(text, "API:") : NULL;
     if (!at || sscanf(at, "API: %*x:%llx", &features) != 1)

@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -258,6 +260,26 @@ int mf_uffd_event_pending(int uffd)
     if (ioctl(uffd, UFFDIO_WRITEPROTECT, &nothing) == 0 || errno == EINVAL)
         return 0;
     return errno == EAGAIN ? 1 : -errno;
+}
+
+int mf_uffd_open_info(int uffd)
+{
+    char path[32];
+    snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    return fd >= 0 ? fd : -errno;
+}
+
+size_t mf_uffd_faults_pending(int info_fd)
+{
+    static const char wanted[] = "\npending:"; /* fs/userfaultfd.c */
+    char text[512];
+    ssize_t length = pread(info_fd, text, sizeof(text) - 1, 0);
+    if (length <= 0)
+        return 0;
+    text[length] = '\0';
+    const char *at = strstr(text, wanted);
+    return at ? strtoul(at + sizeof(wanted) - 1, NULL, 10) : 0;
 }
 
 bool mf_uffd_alive(int uffd)

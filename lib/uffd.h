@@ -7,6 +7,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "lib/error.h"
@@ -107,6 +108,15 @@ int mf_uffd_zeropage(int uffd, uint64_t start_addr, uint64_t length_bytes, uint6
  * read(2) tell. -errno on a descriptor that is none.
  */
 int mf_uffd_event_pending(int uffd);
+
+/** mf_uffd_open_info() - what the kernel says of @uffd, of this process: proc_pid_fdinfo(5). It
+ * goes by the number: close both together. Return: a descriptor, or -errno. */
+int mf_uffd_open_info(int uffd);
+
+/** mf_uffd_faults_pending() - how many faults wait to be read; events do not count. Takes five
+ * times as long as poll(2). @info_fd: of mf_uffd_open_info(). Return: 0 also if it can't be told.
+ */
+size_t mf_uffd_faults_pending(int info_fd);
 
 /** mf_uffd_alive() - does the address space still exist that @uffd belongs to? It ends with the
  * last thread, and by exec. Return: false only if it is certainly gone. */

@@ -203,18 +203,15 @@ bool no_message(int uffd)
 
 void await_pending(int uffd, unsigned count)
 {
-    char path[64], line[128];
-    unsigned pending = 0;
-    snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", uffd);
+    cleanup_close int info_fd = mf_uffd_open_info(uffd);
+    size_t pending = 0;
     for (uint64_t start_ns = mf_now_ns(); mf_now_ns() - start_ns < PATIENCE_MS * UINT64_C(1000000);
          nap()) {
-        cleanup_fclose FILE *f = fopen(path, "re");
-        while (f && fgets(line, sizeof(line), f)) {
-            if (sscanf(line, "pending:%u", &pending) == 1 && pending >= count)
-                return;
-        }
+        pending = mf_uffd_faults_pending(info_fd);
+        if (pending >= count)
+            return;
     }
-    fprintf(stderr, "%u faults are pending, %u were expected\n", pending, count);
+    fprintf(stderr, "%zu faults are pending, %u were expected\n", pending, count);
     give_up();
 }
 

@@ -193,6 +193,43 @@ static void faults_are_read_before_events(void **state)
     area_free(&area);
 }
 
+/** /proc/self/fdinfo tells how many faults are pending, and reading no more messages than that
+ * brings no event. */
+static void the_count_of_what_is_pending_is_that_of_the_faults(void **state)
+{
+    (void)state;
+    struct area area;
+    struct uffd_msg messages[2];
+    area_make(&area, AREA_SHMEM, PAGES);
+    area_register(&area, BOTH_MODES);
+    cleanup_close int info_fd = mf_uffd_open_info(area.uffd);
+    assert_true(info_fd >= 0);
+    struct actor unmapper = {
+        .act = ACT_UNMAP, .at = page_of(&area, 4), .length_bytes = 4 * area.page_bytes};
+    struct actor readers[] = {{.act = ACT_READ, .at = page_of(&area, 0)},
+                              {.act = ACT_READ, .at = page_of(&area, 1)}};
+    actor_start(&unmapper);
+    await_readable(area.uffd);
+    assert_int_equal(mf_uffd_faults_pending(info_fd), 0);
+    actor_start(&readers[0]);
+    actor_start(&readers[1]);
+    await_pending(area.uffd, 2);
+    assert_int_equal(mf_uffd_faults_pending(info_fd), 2);
+    assert_int_equal(read(area.uffd, messages, sizeof(messages)), sizeof(messages));
+    assert_int_equal(messages[0].event, UFFD_EVENT_PAGEFAULT);
+    assert_int_equal(messages[1].event, UFFD_EVENT_PAGEFAULT);
+    assert_int_equal(mf_uffd_faults_pending(info_fd), 0); /* they wait, but are read */
+    assert_int_equal(next_message(area.uffd).event, UFFD_EVENT_UNMAP);
+    actor_finish(&unmapper);
+    put(&area, 0, 'a');
+    put(&area, 1, 'b');
+    assert_int_equal(continue_pages(&area, 0, 2, NULL), 0);
+    actor_finish(&readers[0]);
+    actor_finish(&readers[1]);
+    close(mf_steal_fd(&info_fd));
+    area_free(&area);
+}
+
 /** A fault at the new address of a move is read before the move itself. */
 static void a_fault_is_read_before_the_move_that_explains_it(void **state)
 {
@@ -298,6 +335,7 @@ int main(int argc, char **argv)
         FACT(remap_tells_the_move_then_the_unmap),
         FACT(an_unread_event_stops_every_fill),
         FACT(faults_are_read_before_events),
+        FACT(the_count_of_what_is_pending_is_that_of_the_faults),
         FACT(a_fault_is_read_before_the_move_that_explains_it),
         FACT(changes_to_the_file_are_not_told),
         FACT(a_failing_madv_free_looks_like_remove_too),

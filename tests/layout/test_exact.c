@@ -368,6 +368,8 @@ static void start_shifter(const char *program, int shared_fd)
     if (mf_contexts_add(&contexts, uffd, maps_fd, false) != 0 ||
         mf_events_learn(&events, 0, 0, UINT64_C(1) << 47) < 0)
         fail("cannot learn the shifter's layout");
+    if (events.at_once) /* as libmemferry's server */
+        mf_context_at(&contexts, 0)->info_fd = mf_uffd_open_info(uffd);
     struct mf_mapping known[THREADS_MAX + 1];
     if (mf_layout_get(&layout, known, THREADS_MAX + 1) != shared->threads)
         fail("the shifter does not map what it should");
@@ -433,6 +435,7 @@ static void run(const char *program, uint64_t seed, unsigned threads)
     events.gate = &gate;
     events.region = region;
     events.region_count = threads;
+    events.at_once = seed / 4 % 2 == 0;
     if (mf_gate_init(&gate) < 0)
         fail("no gate");
     for (unsigned i = 0; i < threads; i++)
