@@ -370,28 +370,41 @@ void mf_land_present(const struct mf_lander *lander, uint32_t region, uint64_t f
     }
 }
 
+/* Take [first, first + pages), which are LANDING + DISCARD of this thread's, out of the file. */
+static int discard_held(const struct mf_lander *lander, uint32_t region, uint64_t first,
+                        uint64_t pages)
+{
+    int r = land_punch(&lander->resolver.region[region], first, pages);
+    for (uint64_t page = first; r == 0 && page < first + pages; page++)
+        if (mf_page_discard_finish(&lander->pages[region], page) & MF_PAGE_FAULTED) {
+            mf_resolve_wake(&lander->resolver, region, page);
+            lander->ops->served(lander->arg, region, page);
+        }
+    return r;
+}
+
 void mf_land_discard(const struct mf_lander *lander, uint32_t region, uint64_t first,
                      uint64_t pages, bool all)
 {
     const struct mf_pages *states = &lander->pages[region];
-    const struct mf_region *of = &lander->resolver.region[region];
-    uint64_t missing = 0, stale = 0; /* so many in a row before `page` */
+    const uint64_t end = first + pages;
+    uint64_t missing = 0, held = 0; /* so many in a row before `page` */
     int error = 0;
-    for (uint64_t page = first; page < first + pages; page++) {
-        uint8_t was = mf_page_discard(states, page);
+    for (uint64_t page = first; page < end; page++) {
+        const uint8_t was = mf_page_discard(states, page, all);
         const bool landing = mf_page_state_of(was) == MF_PAGE_LANDING; /* its lander finishes it */
-        const bool unseen = !mf_page_resolvable(was) && (was & (MF_PAGE_LANDED | MF_PAGE_TORN));
+        const bool holds = mf_page_discard_held(was, all);
         missing += !landing && !mf_page_resolvable(was);
-        if (!landing && (was & MF_PAGE_FAULTED)) {
+        if (!landing && !holds && (was & MF_PAGE_FAULTED)) {
             mf_resolve_wake(&lander->resolver, region, page);
             lander->ops->served(lander->arg, region, page);
         }
-        stale += all || unseen;
-        if (stale > 0 && ((!all && !unseen) || page + 1 == first + pages)) {
-            const uint64_t end = all || unseen ? page + 1 : page;
-            int r = land_punch(of, end - stale, stale);
+        held += holds;
+        if (held > 0 && (!holds || page + 1 == end)) {
+            const uint64_t behind = holds ? page + 1 : page;
+            int r = discard_held(lander, region, behind - held, held);
             error = r < 0 ? r : error;
-            stale = 0;
+            held = 0;
         }
     }
     if (error < 0)

@@ -141,12 +141,16 @@ uint64_t mf_page_run_of(const struct mf_pages *pages, uint8_t mask, uint64_t fir
     return page - first;
 }
 
-uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page)
+uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page, bool all)
 {
     uint8_t was = atomic_load_explicit(&pages->state[page], memory_order_relaxed), next;
     do {
-        next = mf_page_state_of(was) == MF_PAGE_LANDING ? (uint8_t)(was | MF_PAGE_DISCARD)
-                                                        : (uint8_t)MF_PAGE_DISCARDED;
+        if (mf_page_state_of(was) == MF_PAGE_LANDING)
+            next = (uint8_t)(was | MF_PAGE_DISCARD);
+        else if (mf_page_discard_held(was, all))
+            next = (uint8_t)((was & MF_PAGE_AWAITED) | MF_PAGE_LANDING | MF_PAGE_DISCARD);
+        else
+            next = MF_PAGE_DISCARDED;
     } while (!atomic_compare_exchange_weak_explicit(&pages->state[page], &was, next,
                                                     memory_order_acq_rel, memory_order_relaxed));
     return was;
@@ -244,9 +248,12 @@ uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, 
             continue;
         }
         missing++;
-        /* What precopy rounds brought is still there, and still unconfirmed. */
-        atomic_store_explicit(&pages->state[page], (uint8_t)(MF_PAGE_UNCONFIRMED | (was & KEPT)),
-                              memory_order_relaxed);
+        /* What precopy rounds brought is still there, and still unconfirmed. Where something was
+         * being landed over it the source does not call it a copy any more. */
+        uint8_t next = (uint8_t)(MF_PAGE_UNCONFIRMED | (was & KEPT));
+        if (mf_page_state_of(was) == MF_PAGE_LANDING && !(was & MF_PAGE_LANDED))
+            next |= MF_PAGE_TORN;
+        atomic_store_explicit(&pages->state[page], next, memory_order_relaxed);
     }
     return missing;
 }

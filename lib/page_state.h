@@ -10,12 +10,15 @@
  *     UNCONFIRMED --claim--> LANDING --confirm--> CONFIRMED
  *     UNCONFIRMED --confirm_empty--------------> CONFIRMED       (zeros: nothing to land)
  *     any other   --discard--------------------> DISCARDED       (reads as zeros for ever)
+ *                                or: LANDING + DISCARD --discard_finish--> DISCARDED
  *     LANDING     --discard--> LANDING + DISCARD --discard_finish--> DISCARDED
  *     LANDING     --unclaim--------------------> UNCONFIRMED     (its connection was lost)
  *
  * A page that is discarded while somebody lands it must not be resolved before the lander is done:
  * the guest could write to it, and the late landing would overwrite that. So the discard is noted
  * in the flag DISCARD, and the lander punches the page out before it makes it DISCARDED (I9).
+ * Whoever discards a page does the same where bytes lie that must not be seen any more: until they
+ * are out the page is LANDING + DISCARD, so that a successor takes them out if this process dies.
  *
  * The other flag, FAULTED, says that somebody waits for this page and its fault is in the mover's
  * fault table. Whoever makes the page resolvable gets the byte as it was before, and so knows that
@@ -137,8 +140,17 @@ uint64_t mf_page_run_of(const struct mf_pages *pages, uint8_t mask, uint64_t fir
                         uint8_t *bits);
 
 /** mf_page_discard() - any → DISCARDED, clearing FAULTED; LANDING stays, with DISCARD set.
- *  Return: the byte before: if LANDING, the lander will finish it. */
-uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page);
+ *  @all: whatever lies there is to be taken out, not only what nobody has seen.
+ *  Return: the byte before: if LANDING, the lander will finish it; if mf_page_discard_held(), the
+ *  caller takes out what lies there and calls mf_page_discard_finish(). */
+uint8_t mf_page_discard(const struct mf_pages *pages, uint64_t page, bool all);
+
+/** mf_page_discard_held() - is a page that was @was LANDING + DISCARD of the caller's now? */
+static inline bool mf_page_discard_held(uint8_t was, bool all)
+{
+    return mf_page_state_of(was) != MF_PAGE_LANDING &&
+           (all || (!mf_page_resolvable(was) && (was & (MF_PAGE_LANDED | MF_PAGE_TORN))));
+}
 
 /** mf_page_discard_finish() - LANDING + DISCARD → DISCARDED by the claimer. Return: the byte
  * before. */
@@ -168,8 +180,8 @@ uint64_t mf_page_confirm_empty(const struct mf_pages *pages, uint64_t first, uin
 
 /**
  * mf_page_restart() - after a crash, before any other thread exists: LANDING counts as UNCONFIRMED,
- * no FAULTED flag has an owner any more.
- * @punch: called for each page that was being landed when it was discarded; it is DISCARDED then.
+ * TORN if nothing lay there before; no FAULTED flag has an owner any more.
+ * @punch: called for each page that is LANDING + DISCARD; it is DISCARDED then.
  * Return: how many pages are not resolvable.
  */
 uint64_t mf_page_restart(const struct mf_pages *pages, void (*punch)(void *arg, uint64_t page),

@@ -937,23 +937,15 @@ static void discard_private(uint64_t page)
     if (somebody_is_inside() || zeros_there[map][page])
         return; /* the reader waits; nothing more is to be done */
     TRACE("  discard 0:%llu by %u\n", (unsigned long long)page, map);
-    uint8_t was = 0;
     if (other)
         must(mf_zeros_set(&mf_context_at(&dest.contexts, map)->zeros, 0, dest.region[0].pages, page,
                           1) == 0,
              "no room", 0, page);
-    else
-        was = mf_page_discard(&dest.view.pages[0], page);
     zeros_there[map][page] = other;
     memset(private_expected[map] + page * 4096, 0, 4096);
     mapped[0][map][page] = waiting[0][map][page] = false;
-    if (other || mf_page_state_of(was) == MF_PAGE_LANDING)
-        return;
-    if (was & MF_PAGE_FAULTED) {
-        mf_resolve_wake(&lander.resolver, 0, page);
-        account_served(&dest, 0, page);
-    }
-    account_missing(&dest, !mf_page_resolvable(was));
+    if (!other)
+        mf_land_discard(&lander, 0, page, 1, false);
 }
 
 static void fork_it(void)
@@ -1000,17 +992,10 @@ static void discard(void)
     memset(expected[region] + page * r->page_bytes, 0, r->page_bytes);
     for (unsigned map = 0; map < MAPS; map++)
         mapped[region][map][page] = false;
-    uint8_t was = mf_page_discard(&dest.view.pages[region], page);
-    if (mf_page_state_of(was) == MF_PAGE_LANDING) {
-        if (crash_armed && may_crash && below(4) == 0)
-            longjmp(crashed, 1);
-        return;
-    }
-    if (was & MF_PAGE_FAULTED) {
-        mf_resolve_wake(&lander.resolver, region, page);
-        account_served(&dest, region, page);
-    }
-    account_missing(&dest, !mf_page_resolvable(was));
+    const bool landing = mf_page_state_of(dest_state[region][page]) == MF_PAGE_LANDING;
+    mf_land_discard(&lander, region, page, 1, true);
+    if (landing && crash_armed && may_crash && below(4) == 0)
+        longjmp(crashed, 1);
 }
 
 static void fault_thread(void)
