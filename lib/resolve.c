@@ -137,23 +137,24 @@ static int give_page(const struct mf_region *region, int uffd, uint64_t addr)
 
 /* ZEROPAGE of private memory, inside the gate. Return: 0, or -EAGAIN or -ENOMEM: to be tried
  * again. */
-static int zero_place(int uffd, uint64_t addr, uint64_t length_bytes)
+static int zero_place(int uffd, const struct mf_range *place)
 {
     static const uint8_t zeros[4096];
     uint64_t done_bytes = 0;
     if (uffd < 0)
         return 0;
-    int r = mf_uffd_zeropage(uffd, addr, length_bytes, &done_bytes);
-    if (r == -EEXIST && length_bytes == sizeof(zeros)) /* a page, or UFFDIO_POISON's mark */
-        r = mf_uffd_copy(uffd, addr, zeros, length_bytes, &done_bytes);
+    int r = mf_uffd_zeropage(uffd, place->start_addr, place->length_bytes, &done_bytes);
+    if (r == -EEXIST && place->length_bytes == sizeof(zeros)) /* a page, or UFFDIO_POISON's mark */
+        r = mf_uffd_copy(uffd, place->start_addr, zeros, sizeof(zeros), &done_bytes);
     if (r == -EAGAIN || r == -ENOMEM)
         return r;
     if (r < 0 && r != -ESRCH) /* EEXIST: it has the page. ENOENT: it is gone. */
-        mf_uffd_wake(uffd, addr, length_bytes);
+        mf_uffd_wake(uffd, place->start_addr, place->length_bytes);
     return 0;
 }
 
-static void give_private_zeros(const struct mf_resolver *resolver, uint32_t region, uint64_t page)
+int mf_resolve_each_place(const struct mf_resolver *resolver, uint32_t region, uint64_t page,
+                          mf_resolve_place_fn *fill, bool wait_for_room)
 {
     const uint64_t page_bytes = resolver->region[region].page_bytes;
     for (unsigned attempt = 0;; attempt++) {
@@ -163,13 +164,12 @@ static void give_private_zeros(const struct mf_resolver *resolver, uint32_t regi
         int r = atomic_load_explicit(&resolver->layout->owed, memory_order_acquire) ? -EAGAIN : 0;
         while (r == 0 && mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes,
                                         &cursor, &range)) {
-            r = zero_place(mf_context_fill_uffd(resolver->contexts, range.context),
-                           range.start_addr, range.length_bytes);
+            r = fill(mf_context_fill_uffd(resolver->contexts, range.context), &range);
             context = range.context;
         }
         mf_gate_exit(resolver->lane);
-        if (r == 0)
-            return;
+        if (r != -EAGAIN && !(wait_for_room && lacks_memory(r)))
+            return r;
         wait_for_memory(r);
         mf_resolve_wait(resolver, context, attempt);
     }
@@ -196,7 +196,8 @@ void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint
         /* What has come to lie there meanwhile is served by its own fault. */
         if (mf_layout_find(resolver->layout, context, addr, &mapping) &&
             mf_resolve_reads_as_zeros(resolver->region, resolver->contexts, &mapping, addr))
-            r = zero_place(mf_context_fill_uffd(resolver->contexts, context), start, 4096);
+            r = zero_place(mf_context_fill_uffd(resolver->contexts, context),
+                           &(struct mf_range){.start_addr = start, .length_bytes = 4096});
         else
             mf_uffd_wake(mf_context_uffd(resolver->contexts, context), start, 4096);
         mf_gate_exit(resolver->lane);
@@ -212,7 +213,7 @@ void mf_resolve_page(const struct mf_resolver *resolver, uint32_t region_index, 
     const struct mf_region *region = &resolver->region[region_index];
     const uint64_t page_bytes = region->page_bytes;
     if (region->kind == MF_MEMORY_PRIVATE) {
-        give_private_zeros(resolver, region_index, page);
+        mf_resolve_each_place(resolver, region_index, page, zero_place, true);
         return;
     }
     for (unsigned attempt = 0;; attempt++) {

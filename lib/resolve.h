@@ -57,6 +57,16 @@ bool mf_resolve_reads_as_zeros(const struct mf_region *regions, const struct mf_
 /** mf_resolve_zeros() - give zeros at such an address. */
 void mf_resolve_zeros(const struct mf_resolver *resolver, uint32_t context, uint64_t addr);
 
+/** mf_resolve_place_fn - do something by @uffd (-1: nothing is to be done) where a page is mapped.
+ * Inside the gate. Return: 0, -EAGAIN: an event is unread; or -errno. */
+typedef int mf_resolve_place_fn(int uffd, const struct mf_range *place);
+
+/** mf_resolve_each_place() - call @fill for each place where a page is mapped; for all of them anew
+ * after -EAGAIN, and with @wait_for_room after -ENOMEM. Return: 0, or what else @fill returned,
+ * which ends it. */
+int mf_resolve_each_place(const struct mf_resolver *resolver, uint32_t region, uint64_t page,
+                          mf_resolve_place_fn *fill, bool wait_for_room);
+
 /** mf_resolve_wait() - an ioctl on @context met EAGAIN without progress, for the @attempt-th time
  * in a row. Outside the gate. */
 void mf_resolve_wait(const struct mf_resolver *resolver, uint32_t context, unsigned attempt);

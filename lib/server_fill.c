@@ -107,9 +107,9 @@ void server_discard(void *argument, uint32_t region, uint64_t first, uint64_t pa
 
 /* Inside the gate. Return: 0, -EAGAIN: an event is unread, -ENOMEM, -EOPNOTSUPP: the kernel can't
  * (before Linux 6.6). */
-static int poison_place(int uffd, const struct mf_range *range)
+static int poison_place(int uffd, const struct mf_range *place)
 {
-    struct uffdio_poison arg = {.range = {.start = range->start_addr, .len = range->length_bytes}};
+    struct uffdio_poison arg = {.range = {.start = place->start_addr, .len = place->length_bytes}};
     if (uffd < 0 || ioctl(uffd, UFFDIO_POISON, &arg) == 0)
         return 0;
     switch (errno) {
@@ -122,29 +122,8 @@ static int poison_place(int uffd, const struct mf_range *range)
     }
     /* EEXIST: it has the page. ENOENT: it is not mapped there any more. Who waits sees for himself.
      */
-    mf_uffd_wake(uffd, range->start_addr, range->length_bytes);
+    mf_uffd_wake(uffd, place->start_addr, place->length_bytes);
     return 0;
-}
-
-static int poison_page(const struct mf_lander *lander, uint32_t region, uint64_t page)
-{
-    const struct mf_resolver *resolver = &lander->resolver;
-    const uint64_t page_bytes = resolver->region[region].page_bytes;
-    for (unsigned attempt = 0;; attempt++) {
-        struct mf_range range;
-        uint32_t cursor = 0, context = 0;
-        mf_gate_enter(resolver->lane);
-        int r = atomic_load_explicit(&resolver->layout->owed, memory_order_acquire) ? -EAGAIN : 0;
-        while (r == 0 && mf_layout_next(resolver->layout, region, page * page_bytes, page_bytes,
-                                        &cursor, &range)) {
-            r = poison_place(mf_context_fill_uffd(resolver->contexts, range.context), &range);
-            context = range.context;
-        }
-        mf_gate_exit(resolver->lane);
-        if (r != -EAGAIN)
-            return r;
-        mf_resolve_wait(resolver, context, attempt);
-    }
 }
 
 /* Whoever waits for it dies. From now on whoever makes it resolvable resolves it; who did so before
@@ -154,7 +133,7 @@ static int poison(const struct mf_lander *lander, uint32_t region, uint64_t page
     const struct mf_pages *pages = &lander->pages[region];
     if (!mf_page_poison(pages, page))
         return 0; /* it is here, or comes at this moment */
-    int r = poison_page(lander, region, page);
+    int r = mf_resolve_each_place(&lander->resolver, region, page, poison_place, false);
     uint8_t byte = r == -EOPNOTSUPP ? mf_page_fault(pages, page) : mf_page_load(pages, page);
     const bool copied = lander->resolver.region[region].kind == MF_MEMORY_PRIVATE &&
                         (byte & MF_PAGE_PLACED); /* which overwrites it, or was there before */
