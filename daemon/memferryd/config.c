@@ -42,6 +42,7 @@ void config_defaults(struct config *config)
         .runtime_dir = MF_DEFAULT_RUNTIME_DIR,
         .listen_port = MF_DEFAULT_PORT,
         .streams = default_streams(),
+        .congestion = MF_CONGESTION_AUTO,
         .log_level = MF_LOG_INFO,
     };
     memcpy(config->listen_address, default_listen_address, sizeof(default_listen_address));
@@ -116,6 +117,14 @@ static int set_mover_user(struct config *config, const char *value, struct mf_er
     return 0;
 }
 
+static int set_congestion(struct config *config, const char *value, struct mf_error *err)
+{
+    int r = mf_congestion_check(value, err);
+    if (r == 0)
+        snprintf(config->congestion, sizeof(config->congestion), "%s", value);
+    return r;
+}
+
 static int set_log_level(struct config *config, const char *value, struct mf_error *err)
 {
     static const struct {
@@ -139,8 +148,13 @@ static const struct key {
     const char *name;
     int (*set)(struct config *config, const char *value, struct mf_error *err);
 } keys[] = {
-    {"runtime-dir", set_runtime_dir}, {"listen", config_listen},      {"streams", set_streams},
-    {"mover-user", set_mover_user},   {"mover-path", set_mover_path}, {"log-level", set_log_level},
+    {"runtime-dir", set_runtime_dir},
+    {"listen", config_listen},
+    {"streams", set_streams},
+    {"mover-user", set_mover_user},
+    {"mover-path", set_mover_path},
+    {"log-level", set_log_level},
+    {"congestion-control", set_congestion},
 };
 #define KEY_COUNT (sizeof(keys) / sizeof(keys[0]))
 

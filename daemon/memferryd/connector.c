@@ -245,6 +245,18 @@ static void hand_over(struct connector *c)
     connector_stop(session);
 }
 
+/* What is sent from here: the memory, its answers to faults, the device state. */
+static void control_congestion(const struct connection *n)
+{
+    const struct connector *c = n->connector;
+    const char *setting = daemon_config(c->daemon)->congestion;
+    char used[MF_CONGESTION_MAX];
+    int changed = mf_congestion_apply(n->fd, setting, used);
+    if (n->kind == MF_CONNECTION_CONTROL)
+        mf_log(MF_LOG_INFO, "%s: the connections to %s use the congestion control %s%s", c->name,
+               c->peer, used[0] ? used : "of the system", changed ? "" : ", as the system says");
+}
+
 static void answered(struct connection *n)
 {
     struct connector *c = n->connector;
@@ -264,6 +276,7 @@ static void answered(struct connection *n)
         abandoned(c);
         return;
     }
+    control_congestion(n);
     n->done = true;
     event_free(n->event);
     n->event = NULL;

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "lib/congestion.h"
 #include "lib/error.h"
 #include "control.pb-c.h"
 
@@ -33,6 +34,7 @@ struct config {
     unsigned streams;     /**< bulk connections when the command line names none */
     char mover_user[64];  /**< whom memferry-mover becomes; "nobody" where it does not exist */
     char mover_path[512]; /**< empty: beside memferryd, else libexecdir */
+    char congestion[MF_CONGESTION_MAX]; /**< lib/congestion.h */
     int log_level;
 };
 

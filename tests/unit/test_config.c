@@ -37,6 +37,7 @@ static void test_defaults_listen_on_this_host_only(void **state)
     assert_in_range(config.streams, 1, 4); /* by the number of processors */
     assert_int_equal(config.log_level, MF_LOG_INFO);
     assert_string_equal(config.mover_path, "");
+    assert_string_equal(config.congestion, "auto");
     assert_true(config.mover_user[0]);
 }
 
@@ -53,6 +54,7 @@ static void test_every_setting(void **state)
                   "streams=16\n"
                   "mover-user = nobody\n"
                   "mover-path = /opt/memferry-mover\n"
+                  "congestion-control = reno\n"
                   "log-level = debug",
                   &err);
     assert_string_equal(err.text, "");
@@ -63,6 +65,7 @@ static void test_every_setting(void **state)
     assert_int_equal(config.streams, 16);
     assert_string_equal(config.mover_user, "nobody");
     assert_string_equal(config.mover_path, "/opt/memferry-mover");
+    assert_string_equal(config.congestion, "reno");
     assert_int_equal(config.log_level, MF_LOG_DEBUG);
 }
 
@@ -90,6 +93,9 @@ static void test_mistakes_name_the_line(void **state)
         {"[memferryd]\nmover-user = nobody-of-that-name\n", ":2: ", "no such user"},
         {"[memferryd]\nmover-user = root\n", ":2: ", "must not run as root"},
         {"[memferryd]\nlog-level = 7\n", ":2: ", "one of error"},
+        {"[memferryd]\ncongestion-control = fastest\n", ":2: ", "auto, system or one of those"},
+        {"[memferryd]\ncongestion-control =\n", ":2: ", "auto, system or one of those"},
+        {"[memferryd]\ncongestion-control = reno-reno-reno-reno\n", ":2: ", "auto, system or one"},
         {"[memferryd]\nlog-level\n", ":2: ", "neither a [section] nor"},
         {"[memferryd\nstreams = 4\n", ":1: ", "neither a [section] nor"},
     };
