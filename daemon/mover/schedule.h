@@ -3,8 +3,10 @@
  * Who goes first on a host without a core to spare. A faulting guest stands still for as long as it
  * takes to wake the fault thread here and the urgent thread there; everything else can wait. So
  * these, and the main thread (whose latency is in the blackout), run with real-time priority 1:
- * they sleep nearly always and never compute for long. Bulk threads step back behind the guest's
- * vCPUs instead.
+ * they sleep nearly always and never compute for long. Bulk threads step back behind the guests'
+ * vCPUs instead: what they take of a core while the guest works is work that it loses, and where
+ * the host has time to spare they get all of it in any case. Not as far as the last nice value: on
+ * a host without any, a migration must still come to its end.
  */
 #pragma once
 
