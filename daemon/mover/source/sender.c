@@ -18,6 +18,8 @@
 #define SCATTERED_RUNS                                                                             \
     6u /**< of written pages in a chunk: as of here they are protected together */
 
+#define FAULT_AROUND_PAGES 16u /**< that a fault maps, as a rule */
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -233,10 +235,20 @@ static uint64_t longest_run(const struct mf_region *r)
     return r->page_bytes >= SENDER_BATCH_BYTES ? 1 : SENDER_BATCH_BYTES / r->page_bytes;
 }
 
-/* One call instead of a fault for every sixteenth page; a failure only means those faults. */
-static void populate(const struct mf_region *r, uint64_t first, uint64_t end)
+/* One call instead of a fault for every sixteenth page; a failure only means those faults. Pages
+ * that were copied are mapped already, and what was sent is not looked at. */
+static void populate(const struct sender *s, uint32_t region, uint64_t first, uint64_t end)
 {
-    if (end - first > 16 && r->kind == MF_MEMORY_TMPFS)
+    const struct mf_region *r = &s->mover->region[region];
+    const struct mf_pages *states = &s->mover->view.pages[region];
+    unsigned fresh = 0;
+    if (r->kind != MF_MEMORY_TMPFS)
+        return;
+    for (uint64_t page = first; page < end && fresh <= FAULT_AROUND_PAGES; page++) {
+        const uint8_t byte = mf_page_load(states, page);
+        fresh += !(byte & MF_PAGE_COPY_MASK) && mf_page_state_of(byte) == MF_PAGE_UNSENT;
+    }
+    if (fresh > FAULT_AROUND_PAGES)
         madvise(r->map + first * r->page_bytes, (end - first) * r->page_bytes, MADV_POPULATE_READ);
 }
 
@@ -253,7 +265,7 @@ static int offer_present(struct sender *s, uint32_t region, uint64_t first, uint
         if (result < 0 || error < 0)
             return result < 0 ? result : private_failed(s->mover, region, error);
     }
-    populate(r, first, end);
+    populate(s, region, first, end);
     while (page < end) {
         const bool sent = mf_page_state_of(mf_page_load(states, page)) == MF_PAGE_SENT;
         const enum mf_frame_type next = sent && !again ? type : classify(s, region, page);
@@ -510,7 +522,7 @@ static int copy_run(struct sender *s, uint32_t region, uint64_t first, uint64_t 
         if (error < 0) /* unmapped meanwhile, or it can't be read: that is for later */
             return take_back(s, MF_FRAME_ZERO, region, first, end - first, 0);
     }
-    populate(r, first, end);
+    populate(s, region, first, end);
     count(&s->mover->figures->round_pages, end - first);
     for (uint64_t page = first; page < end;) {
         uint64_t run = page;

@@ -285,13 +285,13 @@ static int send_unsent(struct sender *sender, unsigned region, uint64_t first, u
 {
     const struct mover *mover = sender->mover;
     const struct mf_pages part = {.state = mover->view.pages[region].state, .count = first + pages};
-    uint64_t at = first, from = 0, run;
+    uint64_t at = first, from = 0, end = 0, run;
     unsigned runs = 0;
-    for (; (run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0; at += run)
+    for (; (run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0; end = at += run)
         if (runs++ == 0)
             from = at;
     if (runs >= SCATTERED_RUNS && mover->region[region].kind != MF_MEMORY_PRIVATE)
-        return sender_pages(sender, region, from, first + pages - from, false);
+        return sender_pages(sender, region, from, end - from, false);
     int r = 0;
     for (at = first; r == 0 && (run = mf_page_next_run(&part, MF_PAGE_UNSENT, &at)) > 0; at += run)
         r = sender_pages(sender, region, at, run, false);
