@@ -16,8 +16,8 @@ from harness.artifacts import QemuBuild, qemu_of_release
 from harness.console import Passage
 from harness.host import Host
 from harness.net import Network, enter_namespace
-from harness.sandbox import HarnessError, Sandbox, Skip, run, wait_until
-from harness.vm import Vm, thread_cpu_s
+from harness.sandbox import HarnessError, Sandbox, Skip, children_of, run, wait_until
+from harness.vm import Vm, process_cpu_s, thread_cpu_s
 
 CALM_S = 2.0
 AFTER_S = 2.0
@@ -38,30 +38,29 @@ class GuestLost(HarnessError):
 
 
 class CpuMeter:
-    """CPU of the VMs' threads except vCPUs, kept up to date by sample() because a QEMU may quit."""
+    """
+    CPU of the VMs without their vCPU threads, and of memferry.
+
+    A process's own figure contains its threads that have ended, that of a daemon its movers that have: nothing
+    has to be looked at in between, which would take part of what is measured.
+    """
 
     def __init__(self, vms, daemons):
-        self.vms = {vm: {cpu["thread-id"] for cpu in vm.qmp("query-cpus-fast")} for vm in vms}
+        self.vms = {vm: [cpu["thread-id"] for cpu in vm.qmp("query-cpus-fast")] for vm in vms}
         self.daemons = daemons
-        self.used = {}
-        self.start = {}
-        self.sample()
-        self.start = dict(self.used)
+        self.start_s = self._used_s()
 
-    def sample(self):
+    def _used_s(self):
+        used_s = sum(process_cpu_s(host.process.pid) for host in self.daemons)
         for vm, vcpus in self.vms.items():
-            try:
-                threads = [int(tid) for tid in os.listdir(f"/proc/{vm.pid}/task")]
-            except FileNotFoundError:
-                continue
-            for tid in set(threads) - vcpus:
-                self.used[tid] = thread_cpu_s(vm.pid, tid)
-        for host in self.daemons:
-            self.used[host.process.pid] = thread_cpu_s(host.process.pid, host.process.pid, True)
+            used_s += process_cpu_s(vm.pid) - sum(thread_cpu_s(vm.pid, tid) for tid in vcpus)
+        return used_s
 
     def total_s(self):
-        self.sample()
-        return sum(used - self.start.get(key, 0.0) for key, used in self.used.items())
+        """What was used since the start; every VM still exists."""
+        for host in self.daemons:
+            wait_until(lambda pid=host.process.pid: not children_of(pid), 10, "the movers have ended")
+        return self._used_s() - self.start_s
 
 
 class Bench:
@@ -209,8 +208,11 @@ class Trial:
         meter = CpuMeter(self.vms, self.hosts.values() if self.way == "memferry" else ())
         bytes_before = self.bench.cable_bytes()
         begin = time.monotonic()
-        figures = move(self, meter)
+        figures = move(self)
         end = time.monotonic()
+        if self.way == "memferry":
+            for host in self.hosts.values():
+                host.expect(0, "forget", self.source.name)
         figures["total_s"] = end - begin
         figures["cpu_s"] = meter.total_s()
         figures["bytes"] = self.bench.cable_bytes() - bytes_before
@@ -281,7 +283,7 @@ def _start_qemu_migration(trial, capabilities, **parameters):
     trial.source.qmp("migrate", uri=uri)
 
 
-def _wait_qemu_migration(trial, meter, seconds):
+def _wait_qemu_migration(trial, seconds):
     """
     Wait until both QEMUs are done; returns their answers and how many pages were left to send when the
     source was last seen running its guest.
@@ -289,7 +291,6 @@ def _wait_qemu_migration(trial, meter, seconds):
     seen = {"left": None}
 
     def finished():
-        meter.sample()
         answers = [vm.qmp("query-migrate") for vm in (trial.source, trial.destination)]
         statuses = [answer.get("status") for answer in answers]
         if "failed" in statuses or "postcopy-paused" in statuses:
@@ -313,7 +314,7 @@ def bucket_percentile(buckets, share):
     return None
 
 
-def move_by_preempt(trial, meter):
+def move_by_preempt(trial):
     """QEMU's postcopy with preemption, switched to postcopy at once or after the first pass."""
     # With its default limit QEMU calls 300 ms of sending little enough to end without any postcopy.
     _start_qemu_migration(trial, ["postcopy-ram", "postcopy-preempt"], max_postcopy_bandwidth=0,
@@ -323,7 +324,6 @@ def move_by_preempt(trial, meter):
 
     def ready():
         nonlocal left
-        meter.sample()
         answer = trial.source.qmp("query-migrate")
         if answer["status"] in ("failed", "completed"):
             # Completed: after the pass so little was left that QEMU needed no postcopy.
@@ -336,39 +336,34 @@ def move_by_preempt(trial, meter):
 
     if wait_until(ready, 300, "QEMU's first pass ends", interval=0.002) == "active":
         trial.source.qmp("migrate-start-postcopy")
-    (_, answer), _ = _wait_qemu_migration(trial, meter, 300)
+    (_, answer), _ = _wait_qemu_migration(trial, 300)
     buckets = answer.get("postcopy-latency-dist", [])
     return {"fault_p50_us": bucket_percentile(buckets, 0.5),
             "fault_p99_us": bucket_percentile(buckets, 0.99),
             "dirty_pages": left}
 
 
-def move_by_multifd(trial, meter):
+def move_by_multifd(trial):
     """QEMU's precopy over several connections, with its default limit of downtime (300 ms)."""
     _start_qemu_migration(trial, ["multifd"], multifd_channels=MULTIFD_CHANNELS)
-    (answer, _), left = _wait_qemu_migration(trial, meter, 300)
+    (answer, _), left = _wait_qemu_migration(trial, 300)
     return {"blackout_s": answer["downtime"] / 1e3, "dirty_pages": left,
             "rounds": answer["ram"]["dirty-sync-count"]}
 
 
-def move_by_memferry(trial, meter):
+def move_by_memferry(trial):
     hosts = trial.hosts
     name = trial.source.name
     hosts["b"].expect(0, "receive", name, "--qmp", trial.destination.qmp_path)
+    # QEMU's own ways leave the source's QEMU where it is, too.
     verb = hosts["a"].begin("migrate", name, "--qmp", trial.source.qmp_path, "--to",
-                            hosts["b"].address, "--json", "--mode", trial.options.mode,
+                            hosts["b"].address, "--json", "--mode", trial.options.mode, "--keep-source",
                             *(("--max-rounds", trial.guest.max_rounds) if trial.guest.max_rounds else ()))
-    deadline = time.monotonic() + 300
-    while verb.process.poll() is None and time.monotonic() < deadline:
-        meter.sample()
-        time.sleep(0.01)
-    answer = verb.wait(1)
+    answer = verb.wait(300)
     if answer.code:
         raise HarnessError(f"memferry's migration failed: {answer}")
     report = answer.json
     faults = report["faults"]
-    for host in hosts.values():
-        host.expect(0, "forget", name)
     return {"fault_p50_us": faults["p50_us"] if faults["count"] else None,
             "fault_p99_us": faults["p99_us"] if faults["count"] else None,
             "blackout_s": report["blackout_us"] / 1e6,

@@ -7,8 +7,8 @@ import signal
 import time
 
 from common import POSTCOPY, Pair, need
-from harness.net import Relay
-from harness.sandbox import HarnessError, Skip, wait_until
+from harness.net import Relay, enter_namespace
+from harness.sandbox import HarnessError, Skip, run, wait_until
 from harness.testing import e2e
 from test_faults import AFTER_RELEASE, wait_replaced
 from test_migrate import huge_pages, paused, whole_way
@@ -43,6 +43,28 @@ def _each_mode_and_writer():
 
 
 _each_mode_and_writer()
+
+
+@e2e()
+def congestion_control(sandbox):
+    """All that the source sends is controlled as the configuration says: it is in the kernel's hands."""
+    pair = Pair(sandbox)
+    pair.a.stop()
+    config = os.path.join(sandbox.path, "memferryd.conf")
+    with open(config, "w", encoding="ascii") as file:
+        file.write("[memferryd]\ncongestion-control = reno\n")
+    pair.a.options = ["--config", config]
+    pair.a.start()
+    verb = pair.begin(*PACED)
+    pair.a.wait_state(pair.name, "precopy")
+    said = run(*enter_namespace(pair.a.namespace), "ss", "-tinH", "dport", "=", ":7466").stdout
+    # A line for a connection, and an indented one that begins with its algorithm.
+    details = [line.split() for line in said.splitlines() if line[:1].isspace()]
+    need(len(details) >= 4 and all("reno" in words for words in details),
+         f"control, urgent, device and bulk connections should use reno: {said}")
+    pair.a.expect(0, "set", pair.name, "bandwidth=none")
+    pair.check_done(pair.finish(verb).json)
+    pair.check_arrived()
 
 
 @e2e()

@@ -71,6 +71,7 @@ class Host:
         self.log = os.path.join(sandbox.path, f"memferryd-{side}.log")
         self.mount_namespace = mount_namespace
         self.wrapper = []  # what memferryd is started by, prlimit(1) say
+        self.options = []  # of memferryd, beside those that every host needs
         self.process = None
         os.makedirs(self.runtime, exist_ok=True)
         if start:
@@ -79,7 +80,8 @@ class Host:
     def start(self):
         self.process = self.sandbox.spawn(
             enter_namespace(self.namespace)
-            + self.wrapper + [program("memferryd"), "--runtime-dir", self.runtime, "--listen", f"{self.address}:7466"],
+            + self.wrapper + [program("memferryd"), "--runtime-dir", self.runtime, "--listen",
+                              f"{self.address}:7466"] + self.options,
             self.log)
         wait_until(lambda: self.process.poll() is not None or self._answers(), 10,
                    "memferryd opens its control socket")

@@ -184,15 +184,24 @@ class Vm:
         self.process.wait()
 
 
-def thread_cpu_s(pid, tid, with_children=False):
-    """Seconds of CPU a thread has used (and the process's children that have ended); 0 for one that is gone."""
-    path = f"/proc/{pid}/stat" if with_children else f"/proc/{pid}/task/{tid}/stat"
+def _cpu_s(stat_path, count):
+    """The first `count` of utime, stime, cutime and cstime in a stat file (proc(5)); 0 if it is gone."""
     try:
-        with open(path, encoding="ascii", errors="replace") as stat:
+        with open(stat_path, encoding="ascii", errors="replace") as stat:
             fields = stat.read().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
-    return sum(map(int, fields[11:15 if with_children else 13])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11:11 + count])) / os.sysconf("SC_CLK_TCK")
+
+
+def thread_cpu_s(pid, tid):
+    """Seconds of CPU a thread has used; 0 for one that is gone."""
+    return _cpu_s(f"/proc/{pid}/task/{tid}/stat", 2)
+
+
+def process_cpu_s(pid):
+    """Seconds of CPU a process has used, with its threads and children that have ended; 0 if it is gone."""
+    return _cpu_s(f"/proc/{pid}/stat", 4)
 
 
 def kvm_works(sandbox, host):
