@@ -5,8 +5,9 @@
  * these, and the main thread (whose latency is in the blackout), run with real-time priority 1:
  * they sleep nearly always and never compute for long. Bulk threads step back behind the guests'
  * vCPUs instead: what they take of a core while the guest works is work that it loses, and where
- * the host has time to spare they get all of it in any case. Not as far as the last nice value: on
- * a host without any, a migration must still come to its end.
+ * the host has time to spare they get all of it in any case. Not far behind: a host that has too
+ * little of it is one that VMs are moved away from, and they must get away. (This is among the
+ * processes of one control group. Between the unit and the VMs' groups their CPUWeight= decides.)
  */
 #pragma once
 
