@@ -26,12 +26,13 @@ int mf_proc_stat(pid_t pid, pid_t tid, struct mf_proc_stat *out)
     if (n <= 0)
         return n < 0 ? -errno : -ESRCH;
     line[n] = '\0';
-    /* "pid (comm) state ppid …": the name may hold anything, so from its last parenthesis on. */
+    /* "pid (comm) state ppid pgrp session tty_nr tpgid flags …": the name may hold anything, so
+     * from its last parenthesis on. */
     const char *after = strrchr(line, ')');
     if (!after || sscanf(after + 1,
-                         " %c %d %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s "
+                         " %c %d %*s %*s %*s %*s %u %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s "
                          "%*s %llu",
-                         &out->state, &parent, &start) != 3)
+                         &out->state, &parent, &out->flags, &start) != 4)
         return -EPROTO;
     out->parent = parent;
     out->start_ticks = start;

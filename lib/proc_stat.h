@@ -8,6 +8,7 @@
 struct mf_proc_stat {
     char state; /**< 'R', 'S', 'T', 'Z'… */
     pid_t parent;
+    uint32_t flags;       /**< the kernel's PF_… */
     uint64_t start_ticks; /**< when it was started, in clock ticks since the host was */
 };
 

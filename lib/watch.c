@@ -14,6 +14,7 @@
 #include "lib/inject.h"
 #include "lib/observe.h"
 #include "lib/owner.h"
+#include "lib/proc_stat.h"
 #include "lib/target.h"
 #include "lib/uffd.h"
 #include "lib/util.h"
@@ -67,26 +68,22 @@ static int refuse_thread(int proc_fd, pid_t pid, struct mf_error *err)
 /** refuse_odd() - kernel threads and what has ended. Return: 0 for an ordinary process. */
 static int refuse_odd(int proc_fd, pid_t pid, struct mf_error *err)
 {
-    char text[1024], name[64], state = '?';
-    unsigned flags = 0;
+    char name[64];
+    struct mf_proc_stat stat;
     mf_target_comm(pid, name, sizeof(name));
-    if (!read_at(proc_fd, "stat", text, sizeof(text)))
+    if (mf_proc_stat(pid, 0, &stat) < 0)
         return mf_fail(err, ESRCH, "there is no process %d", pid);
-    /* "pid (comm) state ppid pgrp session tty_nr tpgid flags": the name may hold anything. */
-    const char *after = strrchr(text, ')');
-    if (after)
-        sscanf(after + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags);
-    if (flags & KERNEL_THREAD)
+    if (stat.flags & KERNEL_THREAD)
         return mf_fail(err, EINVAL, "%s (pid %d) is a kernel thread: it has no memory of its own",
                        name, pid);
     struct stat tasks;
     /* proc_pid_task(5): two links and one for each thread, this one included. */
-    if (state == 'Z' && fstatat(proc_fd, "task", &tasks, 0) == 0 && tasks.st_nlink > 3)
+    if (stat.state == 'Z' && fstatat(proc_fd, "task", &tasks, 0) == 0 && tasks.st_nlink > 3)
         return mf_fail(err, ENOTSUP,
                        "the first thread of %s (pid %d) has ended while others go on: the kernel "
                        "shows no memory of such a process",
                        name, pid);
-    if (state == 'Z' || state == 'X')
+    if (stat.state == 'Z' || stat.state == 'X')
         return mf_fail(err, ESRCH, "%s (pid %d) has ended; only its parent has not taken note yet",
                        name, pid);
     return 0;
