@@ -639,7 +639,9 @@ static int read_all(struct mf_events *events, uint32_t context)
             return -errno;
         if (n < (ssize_t)sizeof(messages[0]))
             return event;
-        if (events->ops->observe && messages[0].event != UFFD_EVENT_PAGEFAULT)
+        /* Faults are handed out before events. */
+        if (events->ops->observe &&
+            messages[(size_t)n / sizeof(messages[0]) - 1].event != UFFD_EVENT_PAGEFAULT)
             from->woken = poll(&(struct pollfd){.fd = from->uffd, .events = POLLIN}, 1, 0) != 0;
         for (size_t i = 0; i < (size_t)n / sizeof(messages[0]); i++) {
             if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
