@@ -410,7 +410,7 @@ def add_options(parser):
                              "virtual (yes; tests/bench/ballast says why)")
     parser.add_argument("--huge", choices=("never", "within_size", "always", "advise"),
                         help="put the RAM files on a tmpfs mounted with this option huge= (on /dev/shm as it "
-                             "is); memferry check recommends within_size")
+                             "is); doc/performance.md says what it does")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                         help="have the guest check all its memory after each run (yes)")
     parser.add_argument("--json", metavar="FILE", help="write every run's figures there")
