@@ -29,7 +29,6 @@ struct bulk {
     uint8_t *buffer; /**< LEAD, and room for the longest payload and the next header, aligned */
     size_t at;       /**< how far behind LEAD the present payload begins; a multiple of 8 */
     size_t have;     /**< bytes from there on */
-    bool behind;     /**< the guest still runs at the source, as far as this thread has heard */
 };
 
 static void nothing(void *arg, uint32_t context)
@@ -116,10 +115,6 @@ static int one_frame(struct bulk *b)
         link_fail(mover, "bulk connection %u: the source sent %s", b->self->stream, why);
         return -EPROTO;
     }
-    if (b->behind && !(frame.flags & MF_FRAME_FLAG_ROUND)) {
-        schedule_beside();
-        b->behind = false;
-    }
     if (frame.type == MF_FRAME_DATA && mover->region[frame.region].kind == MF_MEMORY_HUGETLB)
         return receive_huge(b, &frame);
     r = have_bytes(b, MF_FRAME_HEADER_BYTES + frame.length_bytes);
@@ -154,7 +149,7 @@ static int one_frame(struct bulk *b)
 void *destination_bulk_main(void *argument)
 {
     struct bulk_thread *self = argument;
-    struct bulk b = {.self = self, .mover = self->mover, .behind = true};
+    struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
     schedule_behind();
     b.lander = account_lander(self->mover, nothing, NULL);

@@ -386,8 +386,6 @@ static int one_pass(struct sender *sender, uint32_t pass)
     pthread_mutex_unlock(&sweep->lock);
     sender->round = round != 0;
     int r = 0;
-    if (!round)
-        schedule_beside();
     if (round) {
         r = go_along(sender, ALONG_ROUND, round == 1);
         /* It lands while this end looks at what is dirty. */
