@@ -78,6 +78,7 @@ static void on_switch_time(evutil_socket_t fd, short what, void *arg)
 static void begin_round(struct session *session)
 {
     session->round_begun++;
+    mover_step_behind(session);
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_ROUND}, -1);
     session_changed(session);
 }

@@ -261,6 +261,12 @@ void mover_order(struct session *session, const struct mf_ipc *message, int fd);
 /** mover_stop() - close its socket; it leaves by itself and is reaped. */
 void mover_stop(struct session *session);
 bool mover_is_ready(const struct session *session);
+/** mover_step_behind() / mover_step_beside() - its bulk threads behind the guest's vCPUs, while
+ * that does not wait for them, and back. (A mover, which has no privileges, could not come back
+ * itself.)
+ */
+void mover_step_behind(const struct session *session);
+void mover_step_beside(const struct session *session);
 
 /** session_remembered() - has this destination had a session with this @id that has ended and is
  * gone? @done: whether it ended with all memory here. Of the last 256. */

@@ -275,6 +275,7 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
         if (session_vmm_ops(session)->released)
             session_vmm_ops(session)->released(session->vmm);
         session_send(session, MEMFERRY__PEER__PHASE__PHASE_RELEASE);
+        mover_step_beside(session);
         disarm_vm_timer(session);
         session_read_figures(session);
         session->precopy_bytes = session->figures.wire_bytes;
@@ -301,6 +302,7 @@ static void carry_out(struct session *session, enum mf_action action, enum mf_ev
     case MF_ACT_START_GUEST:
         session->released = true;
         session_vmm_ops(session)->resume(session->vmm, session->guest_was_running);
+        mover_step_beside(session);
         break;
     case MF_ACT_START_AGAIN:
         mf_log(MF_LOG_ERR, "%s: the guest does not start: %s; trying again", session->name,
@@ -506,6 +508,8 @@ void session_on_mover_message(struct session *session, const struct mf_ipc *mess
             evtimer_del(session->reconnect_timer);
         session_set_reason(session, "%s", session->mode_note);
         session_event(session, MF_EV_LINK_UP);
+        if (session->role == MF_DESTINATION && session->state == MF_D_PRECOPY)
+            mover_step_behind(session);
         if (session->role == MF_DESTINATION && session->released_at_source)
             session_event(session, MF_EV_PEER_RELEASE);
         break;

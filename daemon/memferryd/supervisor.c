@@ -7,6 +7,7 @@
  */
 #include "daemon/memferryd/session.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -29,6 +31,9 @@
 
 /* How long a process that has been forked may take to its first words. */
 #define COMPANION_MS 500
+/* While the guest runs at the source. Not far: a host that has too little time is one that VMs are
+ * moved away from, and they must get away. */
+#define NICE_BEHIND 5
 
 struct mover_process {
     struct session *session; /**< NULL once the session does not want it any more */
@@ -506,6 +511,30 @@ void mover_order(struct session *session, const struct mf_ipc *message, int fd)
         kill(session->mover->pid, SIGKILL);
     }
     /* Other errors: it is dying, which its pidfd will tell. */
+}
+
+/* All its threads that are there by now; those with real-time priority do not mind. */
+static void set_nice(const struct session *session, int nice_value)
+{
+    char path[64];
+    if (!session->mover)
+        return;
+    snprintf(path, sizeof(path), "/proc/%d/task", (int)session->mover->pid);
+    cleanup_closedir DIR *tasks = opendir(path);
+    struct dirent *task;
+    while (tasks && (task = readdir(tasks)))
+        if (task->d_name[0] != '.')
+            setpriority(PRIO_PROCESS, (id_t)strtoul(task->d_name, NULL, 10), nice_value);
+}
+
+void mover_step_behind(const struct session *session)
+{
+    set_nice(session, NICE_BEHIND);
+}
+
+void mover_step_beside(const struct session *session)
+{
+    set_nice(session, 0);
 }
 
 void mover_stop(struct session *session)

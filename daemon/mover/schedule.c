@@ -5,7 +5,7 @@
 #include <sys/resource.h>
 
 #define NICE_FIRST (-10)
-#define NICE_BEHIND 5
+#define NICE_BEHIND 0
 
 void schedule_first(void)
 {
