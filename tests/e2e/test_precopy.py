@@ -8,7 +8,7 @@ import time
 
 from common import POSTCOPY, Pair, need
 from harness.net import Relay, enter_namespace
-from harness.sandbox import HarnessError, Skip, run, wait_until
+from harness.sandbox import HarnessError, Skip, children_of, run, wait_until
 from harness.testing import e2e
 from test_faults import AFTER_RELEASE, wait_replaced
 from test_migrate import huge_pages, paused, whole_way
@@ -62,6 +62,34 @@ def congestion_control(sandbox):
     details = [line.split() for line in said.splitlines() if line[:1].isspace()]
     need(len(details) >= 4 and all("reno" in words for words in details),
          f"control, urgent, device and bulk connections should use reno: {said}")
+    pair.a.expect(0, "set", pair.name, "bandwidth=none")
+    pair.check_done(pair.finish(verb).json)
+    pair.check_arrived()
+
+
+def bulk_nice(host):
+    """The nice values of the bulk threads of a host's movers."""
+    values = set()
+    for pid in children_of(host.process.pid):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/comm", encoding="ascii") as comm:
+                if comm.read().startswith("bulk-"):
+                    values.add(os.getpriority(os.PRIO_PROCESS, int(task)))
+    return values
+
+
+@e2e()
+def bulk_steps_behind(sandbox):
+    """The threads that copy go behind the guest while it does not wait for them, and only then."""
+    pair = Pair(sandbox)
+    verb = pair.begin(*CRAWL)
+    for host in (pair.a, pair.b):
+        host.wait_state(pair.name, "precopy")
+        wait_until(lambda of=host: bulk_nice(of) == {5}, 10, f"{host.side}'s bulk threads are behind")
+    pair.a.expect(0, "switch", pair.name)
+    for host in (pair.a, pair.b):
+        host.wait_state(pair.name, "postcopy")
+        wait_until(lambda of=host: bulk_nice(of) == {0}, 10, f"{host.side}'s bulk threads are back")
     pair.a.expect(0, "set", pair.name, "bandwidth=none")
     pair.check_done(pair.finish(verb).json)
     pair.check_arrived()
