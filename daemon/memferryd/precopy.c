@@ -183,10 +183,12 @@ void precopy_look_again(struct session *session)
 void precopy_confirm(struct session *session)
 {
     mover_order(session, &(struct mf_ipc){.type = MF_IPC_FROZEN}, -1);
-    if (session->rounds.mode == MF_PRECOPY)
+    if (session->rounds.mode == MF_PRECOPY) {
+        mover_step_beside(session); /* the guest stands still */
         mover_order(session, &(struct mf_ipc){.type = MF_IPC_COUNT}, -1);
-    else
+    } else {
         session_event(session, MF_EV_PEER_CONFIRMED);
+    }
 }
 
 void precopy_counted(struct session *session, uint64_t dirty_pages)

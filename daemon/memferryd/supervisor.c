@@ -513,7 +513,8 @@ void mover_order(struct session *session, const struct mf_ipc *message, int fd)
     /* Other errors: it is dying, which its pidfd will tell. */
 }
 
-/* All its threads that are there by now; those with real-time priority do not mind. */
+/* Those of its threads that are there by now. Threads that go first do so by real-time priority, to
+ * which this means nothing, or where that is not to be had by a nice value below 0. */
 static void set_nice(const struct session *session, int nice_value)
 {
     char path[64];
@@ -522,9 +523,11 @@ static void set_nice(const struct session *session, int nice_value)
     snprintf(path, sizeof(path), "/proc/%d/task", (int)session->mover->pid);
     cleanup_closedir DIR *tasks = opendir(path);
     struct dirent *task;
-    while (tasks && (task = readdir(tasks)))
-        if (task->d_name[0] != '.')
-            setpriority(PRIO_PROCESS, (id_t)strtoul(task->d_name, NULL, 10), nice_value);
+    while (tasks && (task = readdir(tasks))) {
+        const id_t tid = (id_t)strtoul(task->d_name, NULL, 10); /* 0: "." and ".." */
+        if (tid && getpriority(PRIO_PROCESS, tid) >= 0)
+            setpriority(PRIO_PROCESS, tid, nice_value);
+    }
 }
 
 void mover_step_behind(const struct session *session)
