@@ -47,7 +47,7 @@ static struct change {
     pthread_t thread;
 } change[2];
 static unsigned steps;
-static char *place, *elsewhere;
+static char *base, *place, *elsewhere;
 static int other_fd;
 
 static void step(void)
@@ -145,7 +145,7 @@ static int set_up(void **state)
     struct stat st;
     (void)state;
     /* All but the two places is memory of nobody's. */
-    char *base = mmap(NULL, 16 * LENGTH, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    base = mmap(NULL, 16 * LENGTH, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int uffd = mf_uffd_open();
     assert_true(base != MAP_FAILED && uffd >= 0);
     assert_int_equal(mf_uffd_api(uffd, MF_UFFD_FEATURES, MF_UFFD_FEATURES_WANTED, NULL, &err), 0);
@@ -183,6 +183,7 @@ static int tear_down(void **state)
 {
     (void)state;
     mf_contexts_free(&contexts);
+    munmap(base, 16 * LENGTH);
     close(region.fd);
     close(other_fd);
     return 0;

@@ -33,7 +33,7 @@ static void connect_pair(struct pair *pair)
     assert_int_equal(getsockname(listener, (struct sockaddr *)&address, &length), 0);
     pair->fd[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(pair->fd[0], (struct sockaddr *)&address, sizeof(address)), 0);
-    pair->fd[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    pair->fd[1] = accept4(listener, (struct sockaddr *)&address, &length, SOCK_CLOEXEC);
     assert_true(pair->fd[1] >= 0);
     close(listener);
     char byte = 0;
