@@ -38,13 +38,12 @@ static unsigned default_streams(void)
 
 void config_defaults(struct config *config)
 {
-    *config = (struct config){
-        .runtime_dir = MF_DEFAULT_RUNTIME_DIR,
-        .listen_port = MF_DEFAULT_PORT,
-        .streams = default_streams(),
-        .congestion = MF_CONGESTION_AUTO,
-        .log_level = MF_LOG_INFO,
-    };
+    memset(config, 0, sizeof(*config)); /* also what lies between the members: it gets compared */
+    snprintf(config->runtime_dir, sizeof(config->runtime_dir), "%s", MF_DEFAULT_RUNTIME_DIR);
+    config->listen_port = MF_DEFAULT_PORT;
+    config->streams = default_streams();
+    snprintf(config->congestion, sizeof(config->congestion), "%s", MF_CONGESTION_AUTO);
+    config->log_level = MF_LOG_INFO;
     memcpy(config->listen_address, default_listen_address, sizeof(default_listen_address));
     /* Run from a build tree, where sysusers.d was not applied. */
     snprintf(config->mover_user, sizeof(config->mover_user), "%s",
