@@ -365,7 +365,7 @@ static void keep_on(void)
     struct rlimit limit;
     if (atomic_load(known.children) == 0)
         _exit(EXIT_SUCCESS);
-    schedule_behind();
+    schedule_beside();
     const int most = getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < 1u << 20
                          ? (int)limit.rlim_cur
                          : 1 << 20;

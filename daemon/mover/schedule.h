@@ -15,5 +15,6 @@
  * the permission a better nice value is tried, and without that things stay as they are. */
 void schedule_first(void);
 
-/** schedule_behind() - a bulk thread steps back. */
-void schedule_behind(void);
+/** schedule_beside() - a bulk thread becomes an ordinary one, beside the guests' vCPUs. With the
+ * nice value that it has by then, which memferryd may have set. */
+void schedule_beside(void);

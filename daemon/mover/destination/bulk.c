@@ -151,7 +151,7 @@ void *destination_bulk_main(void *argument)
     struct bulk_thread *self = argument;
     struct bulk b = {.self = self, .mover = self->mover};
     prctl(PR_SET_NAME, "bulk-receive");
-    schedule_behind();
+    schedule_beside();
     b.lander = account_lander(self->mover, nothing, NULL);
     b.lander.resolver.lane = mf_gate_join(&self->mover->gate);
     if (!b.lander.resolver.lane)

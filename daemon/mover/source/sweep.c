@@ -415,7 +415,7 @@ void *source_bulk_main(void *argument)
     struct mover *mover = bulk->mover;
     struct io_uring ring;
     prctl(PR_SET_NAME, "bulk-send");
-    schedule_behind();
+    schedule_beside();
     int r = ring_open(&ring, 4);
     struct sender *sender = aligned_alloc(64, sizeof(*sender));
     if (!sender)
